@@ -1,0 +1,89 @@
+"""Random tails at full size: the compiled program is exact, and real ciphertexts keep their bound.
+
+A slice of the same runs in the tests. `--quick` takes a tenth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from bench.rows import Row, row
+from bench.tails import random_layers
+from blindtail.he.backends import open_evaluator
+from blindtail.he.clear import ClearEvaluator
+from blindtail.he.compiler import compile_tail
+from blindtail.he.layers import FloatArray, evaluate_clear, squares_only
+from blindtail.he.program import Program
+from blindtail.he.secret import Decryptor, Encryptor, SecretKey
+
+SOURCES = ("blindtail/he/*.py", "bench/properties.py", "bench/tails.py")
+_EXACT, _ENCRYPTED = 500, 60
+
+
+def rows(args: argparse.Namespace) -> list[Row]:
+    scale = 10 if args.quick else 1
+    exact, encrypted = _EXACT // scale, _ENCRYPTED // scale
+    wrong = 0
+    for seed in range(exact):
+        program, x, want = _case(seed)
+        got = ClearEvaluator(program).logits(x)
+        again = Program.from_parts(*program.to_parts())
+        good = np.allclose(got, want, rtol=1e-9, atol=1e-9 * max(1.0, float(np.abs(want).max())))
+        wrong += not (good and again.spec == program.spec)
+        _progress("exact", seed + 1, exact)
+    ratios = []
+    for seed in range(encrypted):
+        ratios.append(_encrypted(*_case(seed)))
+        _progress("encrypted", seed + 1, encrypted)
+    of_bound = np.concatenate(ratios)
+    return [
+        row("random tails that differ from their layers", wrong, "tails", target=0, n=exact),
+        row("largest error over its bound", float(of_bound.max()), "1", target=1, n=len(of_bound)),
+        row(
+            "median of bound over error",
+            float(1 / np.median(of_bound)),
+            "1",
+            target=32,
+            n=len(of_bound),
+            note=f"{encrypted} random tails on real ciphertexts",
+        ),
+    ]
+
+
+def _case(seed: int) -> tuple[Program, FloatArray, FloatArray]:
+    """A program, inputs (a few ciphertexts' worth) and the logits its layers give."""
+    rng = np.random.default_rng(seed)
+    widths = rng.integers(1, 257, int(rng.integers(2, 5))).tolist()
+    lanes = int(rng.choice([1, 1, 1, 2, 8]))
+    layers = random_layers(widths, seed, plain=bool(rng.random() < 0.5))
+    calibration = np.abs(rng.normal(size=(100, widths[0])))
+    x = np.abs(rng.normal(size=(3 * lanes, widths[0])))
+    return compile_tail(layers, calibration, lanes=lanes), x, evaluate_clear(squares_only(layers), x)
+
+
+def _encrypted(program: Program, x: FloatArray, want: FloatArray) -> FloatArray:
+    """|error| / bound of every logit."""
+    spec = program.spec
+    with tempfile.TemporaryDirectory() as folder:
+        keys_file, prepared = Path(folder) / "keys", Path(folder) / "prepared"
+        secret = SecretKey.generate(spec, keys_file)
+        evaluator = open_evaluator("seal", program)
+        evaluator.prepare_keys(keys_file, prepared)
+        keys = evaluator.load_keys(prepared)
+    encryptor, decryptor = Encryptor(spec, secret), Decryptor(spec, secret)
+    found = []
+    for start in range(0, len(x), spec.lanes):
+        part = slice(start, start + spec.lanes)
+        got = decryptor.decrypt(evaluator.evaluate(keys, encryptor.encrypt(x[part])))
+        found.append((np.abs(np.atleast_2d(got) - want[part]) / spec.error_bounds()).ravel())
+    return np.concatenate(found)
+
+
+def _progress(what: str, done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{what} {done}/{total} ", end="" if done < total else "\n", file=sys.stderr, flush=True)

@@ -1,0 +1,262 @@
+"""`.bt` files: what the owner of a model hands to the edge and to the cloud.
+
+A `.bt` is a zip (see `blindtail.archive`) of `manifest.json` and, in `edge.bt`,
+one ONNX graph per stage and exit; in `cloud.bt`, one safetensors file per
+compiled tail. Nothing in it is executable, and nothing is a pickle. `edge.bt`
+holds no weight of the tail.
+
+Hashes tell damage, not forgery: who may hand out a `.bt` is the deployment's
+matter. Neither torch nor a cryptographic library is imported here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import safetensors.numpy
+
+from blindtail.archive import decode, kind, write
+from blindtail.errors import BundleError, ModelError
+from blindtail.he.spec import TailSpec
+from blindtail.preprocessing import Preprocessing
+
+if TYPE_CHECKING:
+    from blindtail.he.program import Program
+
+MAX_CLASSES = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class StageInfo:
+    """One stage of the head. `macs` counts multiplications of its dense and convolution layers."""
+
+    name: str
+    macs: int
+    bytes: int  # parameters and buffers as float32
+    output_shape: tuple[int, ...]  # of one image, without the batch
+
+
+@dataclass(frozen=True, slots=True)
+class ExitInfo:
+    """One early exit: where it sits, what it costs, and how sure it must be.
+
+    confidence = max softmax(logits / temperature); below `threshold`, chosen on
+    validation data for a default share of offloads, the image goes on.
+    """
+
+    name: str
+    after_stage: int
+    temperature: float
+    macs: int
+    bytes: int
+    threshold: float
+
+
+@dataclass(frozen=True)
+class EdgeBundle:
+    """`edge.bt`: head, exits, preprocessing, class names, and the public half of each tail.
+
+    `cuts` maps the index of the stage after which the network may be cut to the
+    encrypted tail's description. `onnx` holds "stage0", "stage1", ... and
+    "exit0", ... (by index of the exit), each taking and giving float32 (1, ...).
+    """
+
+    model: str
+    version: str
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...]
+    stages: tuple[StageInfo, ...]
+    exits: tuple[ExitInfo, ...]
+    cuts: Mapping[int, TailSpec]
+    edge_budget: Mapping[str, int]  # "macs", "bytes" of head and exits
+    onnx: Mapping[str, bytes]
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_names(self.model, self.version)
+        stages = len(self.stages)
+        if not stages or not self.exits or not 2 <= len(self.class_names) <= MAX_CLASSES:
+            raise ModelError("an edge bundle needs a stage, an exit and two classes at least")
+        afters = [e.after_stage for e in self.exits]
+        if afters != sorted(set(afters)) or afters[0] < 0 or afters[-1] >= stages:
+            raise ModelError(f"exits must follow different stages 0..{stages - 1}, in order; got {afters}")
+        for e in self.exits:
+            if not (math.isfinite(e.temperature) and e.temperature > 0 and 0.0 <= e.threshold <= 2.0):
+                raise ModelError(f"exit {e.name!r}: temperature must be above zero, threshold in [0, 2]")
+        for cut, spec in self.cuts.items():
+            if not 0 <= cut < stages:
+                raise ModelError(f"cut {cut} is not after one of the stages 0..{stages - 1}")
+            if spec.features != math.prod(self.stages[cut].output_shape):
+                raise ModelError(f"cut {cut}: the tail takes {spec.features} values, the stage gives others")
+            if spec.outputs != len(self.class_names):
+                raise ModelError(f"cut {cut}: the tail gives {spec.outputs} logits, not one per class")
+        if set(self.edge_budget) != {"macs", "bytes"}:
+            raise ModelError("edge_budget holds exactly macs and bytes")
+        wanted = {f"stage{i}" for i in range(stages)} | {f"exit{i}" for i in range(len(self.exits))}
+        if set(self.onnx) != wanted:
+            raise ModelError(f"an edge bundle needs the graphs {sorted(wanted)}, got {sorted(self.onnx)}")
+        for name in ("cuts", "edge_budget", "onnx", "metrics"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    def describe(self) -> dict[str, Any]:
+        """The manifest's content as JSON: everything but graphs and hashes."""
+        return {
+            "model": self.model,
+            "version": self.version,
+            "preprocessing": self.preprocessing.to_json(),
+            "class_names": list(self.class_names),
+            "stages": [
+                {"name": s.name, "macs": s.macs, "bytes": s.bytes, "output_shape": list(s.output_shape)}
+                for s in self.stages
+            ],
+            "exits": [
+                {
+                    "name": e.name,
+                    "after_stage": e.after_stage,
+                    "temperature": e.temperature,
+                    "macs": e.macs,
+                    "bytes": e.bytes,
+                    "threshold": e.threshold,
+                }
+                for e in self.exits
+            ],
+            "cuts": {str(cut): spec.to_json() for cut, spec in self.cuts.items()},
+            "edge_budget": dict(self.edge_budget),
+            "metrics": dict(self.metrics),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write atomically; the same bundle gives the same bytes."""
+        members = {f"{name}.onnx": data for name, data in self.onnx.items()}
+        write(Path(path), "blindtail-edge", self.describe(), members)
+
+    @classmethod
+    def open(cls, path: str | Path) -> EdgeBundle:
+        """Raises `BundleError` when the file is missing, damaged or not an `edge.bt`."""
+        return decode(Path(path), "blindtail-edge", cls._from_members)
+
+    @classmethod
+    def _from_members(cls, data: Mapping[str, Any], members: Mapping[str, bytes]) -> EdgeBundle:
+        if any(not name.endswith(".onnx") for name in members):
+            raise BundleError(f"unknown members {sorted(n for n in members if not n.endswith('.onnx'))}")
+        stages = tuple(
+            StageInfo(_str(s["name"]), _int(s["macs"]), _int(s["bytes"]), tuple(map(_int, s["output_shape"])))
+            for s in data["stages"]
+        )
+        exits = tuple(
+            ExitInfo(
+                name=_str(e["name"]),
+                after_stage=_int(e["after_stage"]),
+                temperature=float(e["temperature"]),
+                macs=_int(e["macs"]),
+                bytes=_int(e["bytes"]),
+                threshold=float(e["threshold"]),
+            )
+            for e in data["exits"]
+        )
+        return cls(
+            model=_str(data["model"]),
+            version=_str(data["version"]),
+            preprocessing=Preprocessing.from_json(data["preprocessing"]),
+            class_names=tuple(map(_str, data["class_names"])),
+            stages=stages,
+            exits=exits,
+            cuts={int(cut): TailSpec.from_json(spec) for cut, spec in data["cuts"].items()},
+            edge_budget={str(k): _int(v) for k, v in data["edge_budget"].items()},
+            onnx={name.removesuffix(".onnx"): blob for name, blob in members.items()},
+            metrics=dict(data["metrics"]),
+        )
+
+
+@dataclass(frozen=True)
+class CloudBundle:
+    """`cloud.bt`: one compiled tail per cut. `programs` maps the stage index of the cut to it."""
+
+    model: str
+    version: str
+    programs: Mapping[int, Program]
+
+    def __post_init__(self) -> None:
+        _check_names(self.model, self.version)
+        if not self.programs or min(self.programs) < 0:
+            raise ModelError("a cloud bundle needs at least one tail, at a cut numbered from 0")
+        object.__setattr__(self, "programs", MappingProxyType(dict(self.programs)))
+
+    def save(self, path: str | Path) -> None:
+        """Write atomically; the same bundle gives the same bytes."""
+        structures: dict[str, Any] = {}
+        members: dict[str, bytes] = {}
+        for cut, program in sorted(self.programs.items()):
+            structure, tensors = program.to_parts()
+            structures[str(cut)] = structure
+            ordered = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
+            members[f"tail{cut}.safetensors"] = safetensors.numpy.save(ordered)
+        data = {"model": self.model, "version": self.version, "programs": structures}
+        write(Path(path), "blindtail-cloud", data, members)
+
+    @classmethod
+    def open(cls, path: str | Path) -> CloudBundle:
+        """Raises `BundleError` when the file is missing, damaged or not a `cloud.bt`."""
+        return decode(Path(path), "blindtail-cloud", cls._from_members)
+
+    @classmethod
+    def _from_members(cls, data: Mapping[str, Any], members: Mapping[str, bytes]) -> CloudBundle:
+        from blindtail.he.program import Program
+
+        structures = {int(cut): structure for cut, structure in data["programs"].items()}
+        if set(members) != {f"tail{cut}.safetensors" for cut in structures}:
+            raise BundleError("its tails and its weight files do not belong together")
+        programs = {
+            cut: Program.from_parts(structure, safetensors.numpy.load(members[f"tail{cut}.safetensors"]))
+            for cut, structure in structures.items()
+        }
+        return cls(_str(data["model"]), _str(data["version"]), programs)
+
+
+def sniff(path: str | Path) -> Literal["edge", "cloud"]:
+    """Which kind of `.bt` a file is. Raises `BundleError` when it is none, or damaged."""
+    return "edge" if kind(path) == "blindtail-edge" else "cloud"
+
+
+def content_version(*parts: bytes) -> str:
+    """A short version for a model that was given none: 12 hex digits over its contents."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:12]
+
+
+def _check_names(model: str, version: str) -> None:
+    for what, value in (("model", model), ("version", version)):
+        if not 1 <= len(value) <= 100 or not value.isascii() or not value.isprintable() or "/" in value:
+            raise ModelError(f"a {what}'s name is 1 to 100 printable ASCII characters without '/'")
+
+
+def _str(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, got {type(value).__name__}")
+    return value
+
+
+def _int(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 62:
+        raise ValueError("expected a whole number from 0")
+    return value
+
+
+__all__ = [
+    "CloudBundle",
+    "EdgeBundle",
+    "ExitInfo",
+    "Preprocessing",
+    "StageInfo",
+    "content_version",
+    "sniff",
+]

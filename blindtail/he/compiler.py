@@ -1,0 +1,355 @@
+"""From layers and calibration data to a `Program`.
+
+Steps: rewrite quadratics so that plain squares stand between affine maps;
+choose outer or inner sums; choose the ring and the primes for the levels
+needed; choose scales that minimise the predicted output error while every
+value fits its modulus with room (|value| * scale < q / 4 at every step, from
+calibration data); size the reply.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from blindtail.errors import ModelError
+from blindtail.he import cost, noise, slotmaps
+from blindtail.he.layers import Affine, FloatArray, Layer, evaluate_clear, squares_only
+from blindtail.he.params import Parameters
+from blindtail.he.program import MapOp, Op, Program, SquareOp, finish
+from blindtail.he.spec import Layout, ReplyForm, TailSpec
+
+#: Smallest period of a reply: 2 * 16 coefficients of c0 travel.
+REPLY_PERIOD = 16
+#: q / HEADROOM bounds |value| * scale; half of q is the wrap.
+HEADROOM = 4.0
+#: A reply may lose low bits of c1 as long as the error they cause stays below the
+#: noise, or below this share of the largest logit (one standard deviation).
+REPLY_PRECISION = 2.0**-15
+_SAMPLES = 64
+_LOG_SCALES = [x / 2 for x in range(36, 81)]
+
+
+def compile_tail(
+    layers: Sequence[Layer],
+    calibration: FloatArray,
+    *,
+    lanes: int = 1,
+    ring_degree: int | None = None,
+) -> Program:
+    """Compile alternating affine maps and quadratics into an encrypted program.
+
+    calibration  activations at the cut, (n, features), n >= 1: they bound values
+                 and weigh the noise; take them from training or validation data
+    lanes        independent images per ciphertext, a power of two
+    ring_degree  N; without it the smallest ring that is 128-bit secure and wide enough
+
+    Levels consumed: one a map, one a square. Raises `ModelError` with the
+    layer's name and the way out.
+    """
+    maps = squares_only(layers)
+    x = _checked(calibration, maps[0].weight.shape[1])
+    if lanes < 1 or lanes & (lanes - 1):
+        raise ModelError(f"lanes must be a power of two, not {lanes}")
+    levels = 2 * len(maps) - 1
+    problem: ModelError | None = None
+    for parameters in _candidates(levels, ring_degree):
+        try:
+            return _compile(maps, x, lanes, parameters)
+        except ModelError as error:
+            problem = error
+    assert problem is not None
+    raise problem
+
+
+def _candidates(levels: int, ring_degree: int | None) -> list[Parameters]:
+    first = Parameters.create(levels, ring_degree)
+    if ring_degree is not None:
+        return [first]
+    # One ring up doubles slots and uplink: allowed when the activation needs it.
+    bigger = first.ring_degree * 2
+    return [first, *([Parameters.create(levels, bigger)] if bigger <= 32768 else [])]
+
+
+def _checked(calibration: FloatArray, features: int) -> FloatArray:
+    x = np.asarray(calibration, np.float64)
+    if x.ndim != 2 or x.shape[1] != features or not len(x):
+        raise ModelError(
+            f"calibration data has shape {x.shape}; the tail takes (n, {features}) activations at the cut"
+        )
+    if not np.isfinite(x).all():
+        raise ModelError("calibration data holds NaN or infinity; check the images it was computed from")
+    return x
+
+
+def _compile(maps: Sequence[Affine], x: FloatArray, lanes: int, parameters: Parameters) -> Program:
+    arrangements, first = _arrange(maps, lanes, parameters)
+    stats = _statistics(maps, arrangements, first, x, lanes)
+    scales = _choose_scales(maps, arrangements, stats, parameters, lanes)
+    ops = _build(maps, arrangements, first, scales, parameters)
+    left = _propagate(stats, scales, parameters)
+    last = arrangements[-1].period
+    period = last * lanes
+    # Of a reply's noise, only that of the 2 * period coefficients that are read remains.
+    accepted = max(left.typical, (REPLY_PRECISION * stats[-1].max_out * scales[-1]) ** 2)
+    dropped = 0
+    while period * noise.truncated(parameters, dropped + 1) <= accepted and dropped < 16:
+        dropped += 1
+    cut = period * noise.truncated(parameters, dropped)
+    draft = TailSpec(
+        parameters=parameters,
+        input_layout=first,
+        input_level=parameters.max_level,
+        input_scale=scales[0],
+        keys=(),
+        output_layout=arrangements[-1].out_layout,
+        reply=ReplyForm(period, dropped, scales[-1]),
+        predicted_noise=math.sqrt(left.typical + cut) / scales[-1],
+        predicted_worst_noise=math.sqrt(left.worst + cut) / scales[-1],
+        input_bound=float(np.abs(x).max()),
+        program_id="0" * 64,
+    )
+    return Program(finish(ops, draft), ops)
+
+
+def _arrange(
+    maps: Sequence[Affine], lanes: int, parameters: Parameters
+) -> tuple[list[slotmaps.Arrangement], Layout]:
+    """The cheapest choice of sums by counted transforms; the last map is always an outer sum."""
+    rows = [m.weight.shape[0] for m in maps]
+    size = maps[0].weight.shape[1]
+    last = max(slotmaps.power_of_two(rows[-1]), REPLY_PERIOD // lanes)
+    first_rows = last if len(maps) == 1 else rows[0]
+    first = slotmaps.input_layout(size, first_rows, parameters.slots, lanes)
+    best: tuple[int, list[slotmaps.Arrangement]] | None = None
+    middle = max(len(maps) - 2, 0)
+    for choice in itertools.product(("outer", "inner"), repeat=middle):
+        kinds = ["outer", *choice, "outer"][: len(maps)]
+        layout, chosen = first, []
+        for index, (kind, out) in enumerate(zip(kinds, rows, strict=True)):
+            period = last if index == len(maps) - 1 else None
+            made = slotmaps.inner(layout, out) if kind == "inner" else slotmaps.outer(layout, out, period)
+            if made is None:
+                break
+            chosen.append(made)
+            layout = made.out_layout
+        if len(chosen) < len(maps):
+            continue
+        price = sum(_transforms(a, parameters.max_level - 2 * i) for i, a in enumerate(chosen))
+        if best is None or price < best[0]:
+            best = (price, chosen)
+    assert best is not None
+    return best[1], first
+
+
+def _transforms(a: slotmaps.Arrangement, level: int) -> int:
+    baby = slotmaps.baby_steps(a.offsets)
+    turns = baby - 1 + -(-a.offsets // baby) - 1
+    return turns * cost.keyswitch_transforms(level) + len(a.folds) * cost.keyswitch_transforms(level - 1)
+
+
+@dataclass(frozen=True)
+class _Stats:
+    """What calibration says of one map: its input, its multipliers, its output."""
+
+    rms_in: float  # over slots
+    power: float  # mean over slots of the sum of squared multipliers
+    weight_power: float  # mean squared weight
+    products: int
+    baby_turns: int
+    giant_turns: int
+    folds: int
+    copies: int  # positions that hold the same output
+    max_out: float  # over slots, undefined ones too
+    rms_out: float
+
+
+def _statistics(
+    maps: Sequence[Affine],
+    arrangements: Sequence[slotmaps.Arrangement],
+    first: Layout,
+    x: FloatArray,
+    lanes: int,
+) -> list[_Stats]:
+    found: list[_Stats] = []
+    values = x
+    layout = first
+    pick = x[:: max(1, len(x) // _SAMPLES)][:_SAMPLES]
+    slots = np.stack([one_lane(layout).place(row) for row in pick])  # (samples, positions)
+    for index, (step, how) in enumerate(zip(maps, arrangements, strict=True)):
+        op = _map_op(step, how, layout, 0, 2.0, 2.0)
+        diagonals = op.diagonals
+        out = np.zeros_like(slots)
+        for k, multipliers in diagonals.items():
+            out += multipliers * np.roll(slots, -k, axis=1)
+        for fold in op.folds:
+            out = out + np.roll(out, -fold, axis=1)
+        out += op.bias_slots()
+        values = step(values)
+        steps = {divmod(k, op.baby) for k in diagonals}
+        found.append(
+            _Stats(
+                rms_in=float(np.sqrt((slots**2).mean())),
+                power=float(sum((m**2).mean() for m in diagonals.values())),
+                weight_power=float((step.weight**2).mean()),
+                products=len(steps),
+                baby_turns=len({b for _, b in steps if b}),
+                giant_turns=max((g for g, _ in steps), default=0),
+                folds=len(op.folds),
+                copies=len(layout.content) // how.period,
+                max_out=max(float(np.abs(values).max()), float(np.abs(out).max())),
+                rms_out=float(np.sqrt((out**2).mean())),
+            )
+        )
+        slots, layout = out, op.out_layout
+        if index < len(maps) - 1:
+            slots, values = slots**2, values**2
+    return found
+
+
+def one_lane(layout: Layout) -> Layout:
+    """The same layout for one lane: positions stand for slots."""
+    return replace(layout, lanes=1)
+
+
+def _map_op(
+    step: Affine, how: slotmaps.Arrangement, layout: Layout, level: int, in_scale: float, out_scale: float
+) -> MapOp:
+    return MapOp(
+        name=step.name,
+        level=level,
+        weight=step.weight,
+        bias=step.bias,
+        in_layout=layout,
+        out_layout=how.out_layout,
+        rows=how.rows,
+        offsets=how.offsets,
+        baby=slotmaps.baby_steps(how.offsets),
+        folds=how.folds,
+        in_scale=in_scale,
+        out_scale=out_scale,
+    )
+
+
+def _build(
+    maps: Sequence[Affine],
+    arrangements: Sequence[slotmaps.Arrangement],
+    first: Layout,
+    scales: Sequence[float],
+    parameters: Parameters,
+) -> tuple[Op, ...]:
+    ops: list[Op] = []
+    layout, scale, level = first, scales[0], parameters.max_level
+    for index, (step, how, target) in enumerate(zip(maps, arrangements, scales[1:], strict=True)):
+        ops.append(_map_op(step, how, layout, level, scale, target))
+        layout, scale, level = how.out_layout, target, level - 1
+        if index < len(maps) - 1:
+            squared = scale * scale / parameters.primes[level]
+            ops.append(SquareOp(f"square{index}", level, layout, scale, squared))
+            scale, level = squared, level - 1
+    return tuple(ops)
+
+
+def _choose_scales(
+    maps: Sequence[Affine],
+    arrangements: Sequence[slotmaps.Arrangement],
+    stats: Sequence[_Stats],
+    parameters: Parameters,
+    lanes: int,
+) -> list[float]:
+    """[input scale, scale after each map]: coordinate descent on the predicted output noise."""
+    final = parameters.primes[0] / (HEADROOM * max(stats[-1].max_out, 1e-12))
+    scales = [2.0**30] * len(maps) + [final]
+    for _ in range(3):
+        for i in range(len(maps)):
+            best = (math.inf, scales[i])
+            for log_scale in _LOG_SCALES:
+                trial = [*scales[:i], 2.0**log_scale, *scales[i + 1 :]]
+                if _fits(trial, stats, parameters):
+                    best = min(best, (_propagate(stats, trial, parameters).typical, trial[i]))
+            if math.isinf(best[0]):
+                continue
+            scales[i] = best[1]
+    if not _fits(scales, stats, parameters):
+        worst = max(range(len(maps)), key=lambda i: stats[i].max_out)
+        raise ModelError(
+            f"{maps[worst].name}: values reach {stats[worst].max_out:.3g} on calibration data, too large for "
+            "the modulus; add a range penalty in training, or normalise before the activation"
+        )
+    return [float(s) for s in scales]
+
+
+def _fits(scales: Sequence[float], stats: Sequence[_Stats], parameters: Parameters) -> bool:
+    """|value| * scale < q / 4 before and after every rescale, and plaintexts worth encoding."""
+    level, scale = parameters.max_level, scales[0]
+    for index, (target, s) in enumerate(zip(scales[1:], stats, strict=True)):
+        plain = target * parameters.primes[level] / scale
+        if not 2.0**12 <= plain <= 2.0**50:
+            return False
+        level -= 1
+        modulus = math.prod(parameters.primes[: level + 1])
+        if s.max_out * target * HEADROOM > modulus * (1 + 1e-9):
+            return False
+        scale = target
+        if index < len(stats) - 1:
+            if s.max_out**2 * scale**2 * HEADROOM > modulus:
+                return False
+            scale = scale * scale / parameters.primes[level]
+            level -= 1
+            if scale < 2.0**16:
+                return False
+    return True
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """Slot variances in the logits, copies averaged, in units of the final scale."""
+
+    typical: float
+    worst: float  # in the slot that `noise.keyswitch_peak` hits
+
+
+def _propagate(stats: Sequence[_Stats], scales: Sequence[float], parameters: Parameters) -> _Noise:
+    """Follow the noise through the program; `peak` is one slot's excess, which sums do not average."""
+    level, scale = parameters.max_level, scales[0]
+    variance, peak = noise.fresh(parameters), 0.0
+    for index, (target, s) in enumerate(zip(scales[1:], stats, strict=True)):
+        q = parameters.primes[level]
+        plain = target * q / scale
+        switch, excess = noise.keyswitch(parameters, level), noise.keyswitch_peak(parameters, level)
+        variance = (variance + (switch if s.baby_turns else 0.0)) * s.power * plain**2
+        variance += s.products * noise.encoding(parameters) * (scale * s.rms_in) ** 2
+        variance += s.giant_turns * switch
+        # An input element's excess reaches each output through one weight; a rotated
+        # copy's own through whatever multipliers its slot meets.
+        peak = peak * s.weight_power * plain**2
+        peak += (excess * s.power * plain**2 if s.baby_turns else 0.0) + s.giant_turns * excess
+        level -= 1
+        variance, peak = variance / q**2 + noise.rounding(parameters), peak / q**2
+        switch, excess = noise.keyswitch(parameters, level), noise.keyswitch_peak(parameters, level)
+        scale = target
+        if index == len(stats) - 1:
+            # Folding merges copies, noise and all: averaging them afterwards gains
+            # only on what was added since. A sum over 2^r merged copies, averaged
+            # over `copies`, keeps 4^r / copies of a slot's variance.
+            later = [4.0**left for left in range(s.folds)]
+            variance = (variance * 4.0**s.folds + switch * sum(later) + noise.encoding(parameters)) / s.copies
+            peak = (peak * 4.0**s.folds + excess * sum(later)) / s.copies**2
+            return _Noise(variance, variance + peak)
+        for _ in range(s.folds):
+            variance, peak = 2 * variance + switch, peak + excess
+        variance += noise.encoding(parameters)
+        q = parameters.primes[level]
+        gain = 4 * (s.rms_out * scale) ** 2
+        variance = (gain * variance + 2 * variance**2 + switch) / q**2 + noise.rounding(parameters)
+        peak = (gain * peak + excess) / q**2
+        scale = scale * scale / q
+        level -= 1
+    raise AssertionError("a tail has at least one map")
+
+
+__all__ = ["HEADROOM", "REPLY_PERIOD", "compile_tail", "evaluate_clear"]

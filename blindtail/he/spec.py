@@ -1,0 +1,288 @@
+"""What an edge knows of an encrypted tail: everything but its weights.
+
+A `TailSpec` travels in `edge.bt`. It fixes parameters, how to lay the
+activation out in slots, which evaluation keys to make and at which level each
+is used, and how the reply is laid out. `program_id` ties it to exactly one
+program in `cloud.bt`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blindtail.errors import BundleError, ModelError
+from blindtail.he.params import MAX_LOG2_Q_128, Parameters
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int32]
+
+#: Content of a slot that holds zero, and of one that holds something undefined.
+ZERO, GARBAGE = -1, -2
+
+_MAX_POSITIONS = max(MAX_LOG2_Q_128) // 2
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which element of a vector each slot holds.
+
+    slot = position * lanes + lane: `lanes` independent images share a
+    ciphertext (throughput; 1 = latency). `content[position]` is the element's
+    index, ZERO or GARBAGE, the same in every lane.
+    """
+
+    size: int  # number of elements
+    lanes: int
+    content: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        c = np.asarray(self.content, dtype=np.int64)
+        if self.lanes < 1 or self.lanes & (self.lanes - 1) or c.ndim != 1 or len(c) < 1:
+            raise ModelError("a layout needs a power-of-two number of lanes and a flat content")
+        if c.min() < GARBAGE or c.max() >= self.size:
+            raise ModelError(f"a layout of {self.size} elements names an element outside it")
+
+    @property
+    def slots(self) -> int:
+        return len(self.content) * self.lanes
+
+    @property
+    def index(self) -> IntArray:
+        """`content` as an array, shape (positions,)."""
+        return np.asarray(self.content, dtype=np.int32)
+
+    def place(self, x: FloatArray) -> FloatArray:
+        """(lanes, size) or (size,) -> slots (positions * lanes,); undefined slots get 0."""
+        x = np.atleast_2d(np.asarray(x, dtype=np.float64))
+        if x.shape != (self.lanes, self.size):
+            raise ModelError(f"expected {(self.lanes, self.size)} values, got {x.shape}")
+        index = self.index
+        out = np.zeros((len(index), self.lanes))
+        held = index >= 0
+        out[held] = x.T[index[held]]
+        return out.reshape(-1)
+
+    def read(self, slots: FloatArray) -> FloatArray:
+        """Slots -> (lanes, size); copies of an element are averaged."""
+        grid = np.asarray(slots, dtype=np.float64).reshape(len(self.content), self.lanes)
+        index = self.index
+        held = index >= 0
+        total = np.zeros((self.size, self.lanes))
+        np.add.at(total, index[held], grid[held])
+        count = np.bincount(index[held], minlength=self.size)
+        if not count.all():
+            raise ModelError("this layout does not hold every element")
+        return (total / count[:, None]).T
+
+    def to_json(self) -> dict[str, Any]:
+        return {"size": self.size, "lanes": self.lanes, "runs": runs(self.content)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Layout:
+        return cls(int(data["size"]), int(data["lanes"]), expand_runs(data["runs"]))
+
+
+def runs(values: tuple[int, ...]) -> list[list[int]]:
+    """Runs [start, step, count] with step 0 or 1: short JSON for regular layouts."""
+    found: list[list[int]] = []
+    for value in values:
+        if found:
+            start, step, count = found[-1]
+            if count == 1 and value == start + 1 and start >= 0:
+                found[-1] = [start, 1, 2]
+                continue
+            if value == start + step * count:
+                found[-1][2] += 1
+                continue
+        found.append([value, 0, 1])
+    return found
+
+
+def expand_runs(listed: Any) -> tuple[int, ...]:
+    """Inverse of `runs`. Raises `ModelError` beyond the largest ring's slots."""
+    values: list[int] = []
+    for start, step, count in listed:
+        if step not in (0, 1) or not 0 < count <= _MAX_POSITIONS - len(values):
+            raise ModelError("a run of a layout is malformed")
+        values.extend(range(start, start + count) if step else [start] * count)
+    return tuple(values)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyNeed:
+    """One evaluation key: a Galois element, or 0 for relinearisation, and the highest level used."""
+
+    element: int
+    level: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyForm:
+    """How encrypted logits travel: level 0, coefficient form.
+
+    The message repeats with `period` slots, so it lies in the subring of
+    polynomials in X^(N / 2 period): `2 * period` coefficients of c0 are sent.
+    c1 is sent without its lowest `c1_dropped_bits` bits.
+    """
+
+    period: int
+    c1_dropped_bits: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class TailSpec:
+    """The public half of a compiled tail. Immutable, checked, JSON-serialisable."""
+
+    parameters: Parameters
+    input_layout: Layout
+    input_level: int
+    input_scale: float
+    keys: tuple[KeyNeed, ...]
+    output_layout: Layout
+    reply: ReplyForm
+    predicted_noise: float  # standard deviation of a logit's error, in logits
+    predicted_worst_noise: float  # the same for the noisiest slot
+    input_bound: float  # largest |activation| seen in calibration
+    program_id: str  # hex SHA-256 over the program, weights included
+
+    @property
+    def features(self) -> int:
+        """Length of the (flattened) activation at the cut."""
+        return self.input_layout.size
+
+    @property
+    def outputs(self) -> int:
+        return self.output_layout.size
+
+    @property
+    def lanes(self) -> int:
+        return self.input_layout.lanes
+
+    def error_bounds(self) -> FloatArray:
+        """Bounds on the logits' errors, (lanes, outputs): 6 standard deviations each.
+
+        Slot s lies at the root of unity exp(i pi e / N), e = 3^s mod 2N, where the
+        excess of `blindtail.he.noise.keyswitch_peak` falls as 1 / sin^2(pi e / 2N).
+        """
+        n, period = self.parameters.ring_degree, self.reply.period
+        exponent = np.ones(n // 2, np.int64)
+        for s in range(1, n // 2):
+            exponent[s] = exponent[s - 1] * 3 % (2 * n)
+        share = (np.sin(np.pi / (2 * n)) / np.sin(np.pi * exponent / (2 * n))) ** 2
+        share = share.reshape(-1, period).sum(axis=0)  # over the copies that are averaged
+        excess = self.predicted_worst_noise**2 - self.predicted_noise**2
+        bounds: FloatArray = 6.0 * np.sqrt(self.predicted_noise**2 + excess * share)
+        return bounds[: self.outputs * self.lanes].reshape(self.outputs, self.lanes).T
+
+    @property
+    def uplink_bytes(self) -> int:
+        """Bytes of one encrypted activation's container."""
+        from blindtail.he.container import ciphertext_bytes
+
+        return ciphertext_bytes(self)
+
+    @property
+    def reply_bytes(self) -> int:
+        """Bytes of one encrypted reply's container."""
+        from blindtail.he.container import reply_bytes
+
+        return reply_bytes(self)
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of the evaluation keys' container."""
+        from blindtail.he.container import key_bytes
+
+        return key_bytes(self)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "parameters": self.parameters.to_json(),
+            "input_layout": self.input_layout.to_json(),
+            "input_level": self.input_level,
+            "input_scale": self.input_scale.hex(),
+            "keys": [[k.element, k.level] for k in self.keys],
+            "output_layout": self.output_layout.to_json(),
+            "reply": {
+                "period": self.reply.period,
+                "c1_dropped_bits": self.reply.c1_dropped_bits,
+                "scale": self.reply.scale.hex(),
+            },
+            "predicted_noise": self.predicted_noise,
+            "predicted_worst_noise": self.predicted_worst_noise,
+            "input_bound": self.input_bound,
+            "program_id": self.program_id,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TailSpec:
+        """Raises `BundleError` when a field is missing or does not fit."""
+        try:
+            reply = data["reply"]
+            spec = cls(
+                parameters=Parameters.from_json(data["parameters"]),
+                input_layout=Layout.from_json(data["input_layout"]),
+                input_level=int(data["input_level"]),
+                input_scale=float.fromhex(data["input_scale"]),
+                keys=tuple(KeyNeed(int(e), int(level)) for e, level in data["keys"]),
+                output_layout=Layout.from_json(data["output_layout"]),
+                reply=ReplyForm(
+                    int(reply["period"]),
+                    int(reply["c1_dropped_bits"]),
+                    float.fromhex(reply["scale"]),
+                ),
+                predicted_noise=float(data["predicted_noise"]),
+                predicted_worst_noise=float(data["predicted_worst_noise"]),
+                input_bound=float(data["input_bound"]),
+                program_id=str(data["program_id"]),
+            )
+            spec._check()
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ModelError) as error:
+            raise BundleError(
+                f"the description of the encrypted tail is damaged ({error}): compile the model again"
+            ) from error
+        return spec
+
+    def _check(self) -> None:
+        p = self.parameters
+        fits = (
+            self.input_layout.slots == p.slots
+            and self.output_layout.slots == p.slots
+            and self.input_layout.lanes == self.output_layout.lanes
+            and 0 <= self.input_level <= p.max_level
+            and np.isfinite(self.input_scale)
+            and self.input_scale > 1
+            and np.isfinite(self.reply.scale)
+            and self.reply.scale > 1
+            and 0 <= self.reply.c1_dropped_bits < p.primes[0].bit_length() - 4
+            and 1 <= self.reply.period <= p.slots
+            and p.slots % self.reply.period == 0
+            and all(0 <= k.level <= p.max_level for k in self.keys)
+            and all(k.element == 0 or k.element % 2 for k in self.keys)
+            and all(0 <= k.element < 2 * p.ring_degree for k in self.keys)
+            and len({k.element for k in self.keys}) == len(self.keys)
+            and len(self.program_id) == 64
+        )
+        if not fits:
+            raise ModelError("its fields contradict each other")
+
+
+def canonical_json(data: Mapping[str, Any]) -> bytes:
+    """Sorted, compact, ASCII: the form that is hashed."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def sha256_hex(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,155 @@
+"""`blindtail train`: from a recipe to edge.bt, cloud.bt and a report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from blindtail.train.recipe import Recipe
+    from blindtail.train.run import Splits, Trained
+
+
+class RecipeName(StrEnum):
+    """Recipes that ship with blindtail."""
+
+    fashion = "fashion"
+    digits = "digits"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command `train`."""
+    app.command("train")(train_command)
+
+
+def train_command(
+    recipe: Annotated[RecipeName, typer.Argument(help="which network and data set", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="folder to write to  [default: out/RECIPE]")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="passes over the training images")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="decides weights, batches and the validation split")] = 0,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder with Fashion-MNIST's four .gz files, when they are not found by themselves"
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="model.safetensors of an earlier run: calibrate and compile it, train nothing"),
+    ] = None,
+    threads: Annotated[
+        int, typer.Option(min=1, max=64, help="CPU threads; results may differ in rounding")
+    ] = 1,
+    json_output: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+) -> None:
+    """Train a network that splits: a head with early exits for the edge, a tail that runs encrypted.
+
+    Head, exits and tail are trained together; exits are temperature-calibrated, and their
+    default thresholds are chosen on validation images so that about a third are offloaded.
+    Then the head is exported to ONNX and the tail compiled for CKKS:
+
+    edge.bt    goes to the device: head, exits, thresholds, and no weight of the tail
+
+    cloud.bt   goes to the cloud: the compiled tail
+
+    model.safetensors   stays with you: all weights
+
+    The same seed, epochs and threads give the same files. For your own network, build a
+    SplitModel (see `blindtail.models.split`) and call `blindtail.models.pack.pack`.
+
+    Example: blindtail train fashion --out out/fashion
+    """
+    # torch is loaded only once this command runs, so that other commands start fast.
+    from blindtail.train.recipe import RECIPES
+    from blindtail.train.run import Splits
+
+    chosen = replace(RECIPES[recipe.value], seed=seed)
+    if epochs is not None:
+        chosen = replace(chosen, epochs=epochs)
+    folder = out or Path("out") / recipe.value
+    splits = Splits.load(chosen.data, seed=seed, folder=data)
+    command = f"blindtail train {recipe.value} --epochs {chosen.epochs} --seed {seed} --threads {threads}"
+    if checkpoint is not None:
+        command += f" --checkpoint {checkpoint.name}"
+    trained = _train_with_bar(chosen, splits, threads, command, checkpoint, quiet=json_output)
+    trained.save(folder)
+    if json_output:
+        import json
+
+        typer.echo(json.dumps(trained.report, indent=2))
+    else:
+        _print(trained, folder)
+
+
+def _train_with_bar(
+    recipe: Recipe, splits: Splits, threads: int, command: str, checkpoint: Path | None, quiet: bool
+) -> Trained:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from blindtail.train.run import train
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet, transient=True) as bar:
+        task = bar.add_task(f"training {recipe.name}", total=None)
+
+        def advance(done: int, steps: int, loss: float) -> None:
+            text = f"training {recipe.name}, loss {loss:.3f}" if done < steps else "calibrating, compiling"
+            bar.update(task, completed=done, total=steps, description=text)
+
+        return train(
+            recipe, splits, threads=threads, progress=advance, command=command, checkpoint=checkpoint
+        )
+
+
+def _print(trained: Trained, folder: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    report: Any = trained.report
+    metrics, budget = report["metrics"], report["edge_budget"]
+    table = Table(title=f"{report['model']} {report['version']}")
+    for column in ("route", "validation", "test", "ECE before", "ECE after", "threshold"):
+        table.add_column(column, justify="left" if column == "route" else "right")
+    for row in report["exits"]:
+        name, error = row["name"], metrics["calibration_error"][row["name"]]
+        table.add_row(
+            name,
+            f"{metrics['validation'][name]:.2%}",
+            f"{metrics['test'][name]:.2%}",
+            f"{error['before']:.4f}",
+            f"{error['after']:.4f}",
+            f"{row['threshold']:.3f}",
+        )
+    table.add_row(
+        "tail", f"{metrics['validation']['tail']:.2%}", f"{metrics['test']['tail']:.2%}", "", "", ""
+    )
+    console = Console()
+    console.print(table)
+    for split in ("validation", "test"):
+        row = metrics["routed"][split]
+        kept = (
+            "nothing to gain"
+            if row["gain_kept"] is None
+            else f"{row['gain_kept']:.0%} of the tail's gain kept"
+        )
+        console.print(
+            f"default thresholds, {split}: {row['shares']['tail']:.1%} offloaded, "
+            f"accuracy {row['accuracy']:.2%} ({kept})"
+        )
+    console.print(f"edge budget: {budget['macs']:,} MACs, {budget['bytes'] / 1e3:.1f} KB of parameters")
+    for cut, tail in report["tails"].items():
+        console.print(
+            f"tail at cut {cut}: {tail['uplink_bytes'] / 1e3:.1f} KB up, "
+            f"{tail['reply_bytes'] / 1e3:.1f} KB down, "
+            f"{tail['key_bytes'] / 1e6:.1f} MB of evaluation keys (once)"
+        )
+    console.print(
+        f"wrote {folder}/edge.bt, cloud.bt, report.json, model.safetensors; "
+        f"training took {report['training_s']:.0f} s"
+    )

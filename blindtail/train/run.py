@@ -1,0 +1,232 @@
+"""Train a recipe, calibrate it, compile it, and write `edge.bt`, `cloud.bt` and `report.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from blindtail.bundle import CloudBundle, EdgeBundle
+from blindtail.errors import DataError, ModelError
+from blindtail.models.data import Images, load, load_folder
+from blindtail.models.fetch import FashionSource
+from blindtail.models.pack import pack
+from blindtail.models.split import SplitModel
+from blindtail.train.fit import Progress, bounded, fit
+from blindtail.train.measure import (
+    Calibration,
+    Verdicts,
+    accuracies,
+    calibration_errors,
+    curve,
+    routed,
+)
+from blindtail.train.recipe import Recipe
+
+#: Images from which the compiler bounds every value of the tail.
+CALIBRATION_IMAGES = 4_000
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training, validation (taken from the training data) and test images."""
+
+    train: Images
+    validation: Images
+    test: Images
+
+    @classmethod
+    def load(cls, name: str, *, seed: int, folder: Path | None = None) -> Splits:
+        """A known data set; `folder` holds Fashion-MNIST's four .gz files. Raises `DataError`."""
+        if folder is not None and name != "fashion":
+            raise DataError(f"--data is for Fashion-MNIST's files; {name!r} comes with scikit-learn")
+        source = FashionSource(folder=folder)
+        return cls(
+            *(load(name, split, seed=seed, source=source) for split in ("train", "validation", "test"))
+        )
+
+    @classmethod
+    def from_folder(cls, folder: Path, model: SplitModel) -> Splits:
+        """The owner's own images: FOLDER/train, FOLDER/validation, FOLDER/test, a sub-folder per class."""
+        shape, names = model.preprocessing.input_shape, model.class_names
+        return cls(*(load_folder(folder / split, shape, names) for split in ("train", "validation", "test")))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run made."""
+
+    model: SplitModel
+    calibration: Calibration
+    edge: EdgeBundle
+    cloud: CloudBundle
+    report: Mapping[str, Any]
+
+    def save(self, folder: Path) -> None:
+        """Write edge.bt, cloud.bt, report.json and the owner's checkpoint model.safetensors.
+
+        Each is written atomically; the checkpoint stays with the owner. Raises
+        `DataError` when the folder cannot be written.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.edge.save(folder / "edge.bt")
+            self.cloud.save(folder / "cloud.bt")
+            with tempfile.TemporaryDirectory(prefix=".train-", dir=folder) as scratch:
+                text = Path(scratch) / "report.json"
+                text.write_text(json.dumps(self.report, indent=2) + "\n", encoding="utf-8")
+                weights = Path(scratch) / "model.safetensors"
+                state = {k: v.detach().contiguous() for k, v in self.model.state_dict().items()}
+                history = {key: self.report[key] for key in ("command", "training_s")}
+                save_file(state, weights, metadata={"training": json.dumps(history)})
+                for path in (text, weights):
+                    os.chmod(path, 0o644)
+                    os.replace(path, folder / path.name)
+        except OSError as error:
+            raise DataError(f"cannot write to {folder} ({error.strerror}): choose another --out") from error
+
+
+def train(
+    recipe: Recipe,
+    splits: Splits,
+    *,
+    threads: int = 1,
+    progress: Progress | None = None,
+    command: str = "",
+    checkpoint: Path | None = None,
+) -> Trained:
+    """Run a recipe from data to a pair of bundles.
+
+    With a `checkpoint` (a safetensors file of the recipe's network, as `save`
+    writes) nothing is trained: its weights are calibrated and compiled.
+
+    Thresholds and temperatures come from the validation split; the test split is
+    only measured. The same recipe, data, thread count and library versions give
+    the same bytes. Raises `ModelError` or `DataError`.
+    """
+    start = time.perf_counter()
+    history: dict[str, Any]
+    if checkpoint is None:
+        model = fit(recipe, splits.train, threads=threads, progress=progress)
+        history = {"command": command, "training_s": round(time.perf_counter() - start, 1)}
+    else:
+        model = from_checkpoint(recipe, checkpoint)
+        history = {"training_s": 0.0, **_history(checkpoint), "compiled_by": command}
+    with bounded(threads, recipe.seed):
+        return finish(recipe, model, splits, threads=threads, history=history)
+
+
+def from_checkpoint(recipe: Recipe, path: Path) -> SplitModel:
+    """The recipe's network with the weights of a safetensors file, in evaluation mode.
+
+    Raises `DataError` when the file is missing or damaged, `ModelError` when it
+    belongs to another network.
+    """
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} is no safetensors checkpoint, or damaged ({error})") from error
+    model = recipe.build()
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelError(f"{path} does not fit the network of recipe {recipe.name!r}: {error}") from error
+    if not all(bool(torch.isfinite(t).all()) for t in state.values() if t.is_floating_point()):
+        raise ModelError(f"{path} holds NaN or infinite weights")
+    return model.eval()
+
+
+def _history(checkpoint: Path) -> dict[str, Any]:
+    """The command and the seconds of the training that `Trained.save` noted in a checkpoint."""
+    with safe_open(checkpoint, framework="pt") as file:
+        notes = (file.metadata() or {}).get("training", "{}")
+    try:
+        found = json.loads(notes)
+    except ValueError:
+        return {"command": ""}
+    return {"command": "", **found} if isinstance(found, dict) else {"command": ""}
+
+
+def finish(
+    recipe: Recipe,
+    model: SplitModel,
+    splits: Splits,
+    *,
+    threads: int,
+    history: Mapping[str, Any],
+) -> Trained:
+    """Calibrate, measure and pack a trained model; `history` says how it was trained."""
+    validation, test = Verdicts.of(model, splits.validation), Verdicts.of(model, splits.test)
+    calibration = Calibration.fit(validation, recipe.offload_share)
+    temperatures = calibration.temperatures
+    metrics = {
+        "validation": accuracies(validation),
+        "test": accuracies(test),
+        "calibration_error": calibration_errors(test, temperatures),
+        "routed": {"validation": routed(validation, calibration), "test": routed(test, calibration)},
+        "accuracy_offload_curve": {
+            "validation": curve(validation, temperatures),
+            "test": curve(test, temperatures),
+        },
+    }
+    edge, cloud = pack(
+        model,
+        splits.train.pixels[:CALIBRATION_IMAGES],
+        temperatures=temperatures,
+        thresholds=calibration.thresholds,
+        metrics=metrics,
+    )
+    described = edge.describe()
+    report = {
+        "model": edge.model,
+        "version": edge.version,
+        **history,
+        "recipe": {
+            "name": recipe.name,
+            "epochs": recipe.epochs,
+            "batch": recipe.batch,
+            "peak_rate": recipe.peak_rate,
+            "weight_decay": recipe.weight_decay,
+            "objective": repr(recipe.objective),
+            "seed": recipe.seed,
+            "threads": threads,
+            "offload_share": recipe.offload_share,
+        },
+        "images": {
+            "train": len(splits.train),
+            "validation": len(splits.validation),
+            "test": len(splits.test),
+        },
+        "edge_budget": model.edge_budget(),
+        "stages": described["stages"],
+        "exits": described["exits"],
+        "tails": {
+            str(cut): {
+                "macs": model.tail_macs(cut),
+                "program_id": spec.program_id,
+                "features": spec.features,
+                "uplink_bytes": spec.uplink_bytes,
+                "reply_bytes": spec.reply_bytes,
+                "key_bytes": spec.key_bytes,
+            }
+            for cut, spec in edge.cuts.items()
+        },
+        "metrics": metrics,
+        "first_1000_test_images": routed(test.take(1_000), calibration),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("torch", "numpy", "onnx", "safetensors")},
+        },
+    }
+    return Trained(model, calibration, edge, cloud, report)

@@ -1,0 +1,352 @@
+"""A cell's Ray actors: the gateway, and one evaluator per process.
+
+Both are detached and named, so that neither dies with a driver by accident. The
+gateway keeps the evaluators: it watches each one's pidfd (Ray takes more than a
+second to tell of a death), starts another in its place, and drops what an
+earlier gateway left. Containers cross as bytes, errors as plain tuples: nothing
+from a peer is unpickled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import logging.handlers
+import os
+import resource
+import select
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import prometheus_client
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from blindtail import errors
+from blindtail.errors import BlindtailError, ConfigError, EvaluationFailed, TailUnavailable
+from blindtail.he.program import Program
+from blindtail.metrics import CloudMetrics
+from cloud.config import CloudConfig
+from cloud.engine import Engine, limit_threads
+from cloud.evaluators import EvaluatorCrashed, EvaluatorGone, Member, Pool, Work
+from cloud.gateway import Gateway
+from cloud.registry import Registry, open_bundles
+from cloud.servicer import TailServer
+
+NAMESPACE = "blindtail-cell"
+GATEWAY = "gateway"
+_log = logging.getLogger(__name__)
+
+_START_S = 60.0
+#: An evaluation that takes longer is taken for hung, and its process for crashed.
+_HUNG_S = 60.0
+_STABLE_S = 10.0
+_BACK_OFF_S = (0.2, 10.0)
+
+Parts = tuple[dict[str, Any], dict[str, Any]]
+#: ("ok", payload...) or ("error", class name, public message).
+Outcome = tuple[Any, ...]
+
+
+def _end_without_raylet() -> None:
+    """Ends this process when the raylet that started it is gone: it could reach nobody any more."""
+    raylet = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == raylet:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="raylet-watchdog", daemon=True).start()
+
+
+def _outcome(error: BaseException) -> Outcome:
+    name = type(error).__name__ if isinstance(error, BlindtailError) else ""
+    return ("error", name, str(error) if name else type(error).__name__)
+
+
+def raise_outcome(outcome: Outcome) -> None:
+    """Raises what an ("error", ...) stands for."""
+    if outcome[0] == "ok":
+        return
+    kind = getattr(errors, outcome[1], None) if outcome[1] in errors.__all__ else None
+    if kind is None:
+        raise EvaluationFailed(f"a process of the cell failed ({outcome[2]}); its log says why")
+    raise kind(outcome[2])
+
+
+class EvaluatorActor:
+    """Evaluates, one request at a time. Has no way to hold a secret key."""
+
+    def __init__(
+        self, programs: Mapping[str, Parts], backend: str, loaded_keys_bytes: int, threads: int
+    ) -> None:
+        _end_without_raylet()
+        # A core dump would hold clients' keys.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        limit_threads(threads)
+        opened = {name: Program.from_parts(*parts) for name, parts in programs.items()}
+        self._engine = Engine(opened, backend, loaded_keys_bytes)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def evaluate(self, program_id: str, keys_path: str, container: bytes) -> Outcome:
+        try:
+            return ("ok", *self._engine.evaluate(program_id, keys_path, container))
+        except Exception as error:
+            return _outcome(error)
+
+
+class RayMember:
+    """One evaluator actor, seen from the gateway."""
+
+    def __init__(self, name: str, handle: Any, pid: int) -> None:
+        self.name, self.pid, self._handle = name, pid, handle
+        loop = asyncio.get_running_loop()
+        self.dead: asyncio.Future[None] = loop.create_future()
+        self._pidfd = os.pidfd_open(pid)
+        loop.add_reader(self._pidfd, self._died)
+
+    def _died(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        if not self.dead.done():
+            self.dead.set_result(None)
+
+    async def evaluate(self, work: Work) -> tuple[bytes, float]:
+        # The process may be gone without the loop having heard of it yet.
+        if self.dead.done() or select.select([self._pidfd], [], [], 0)[0]:
+            await asyncio.wait([self.dead])
+            raise EvaluatorGone
+        reference = self._handle.evaluate.remote(work.program_id, str(work.keys), work.container)
+        reply = asyncio.ensure_future(_get(reference))
+        try:
+            await asyncio.wait((reply, self.dead), timeout=_HUNG_S, return_when=asyncio.FIRST_COMPLETED)
+            if not reply.done():
+                if not self.dead.done():
+                    _log.error("%s hangs: ending it", self.name)
+                    self.kill()
+                    await asyncio.wait([self.dead], timeout=5.0)
+                raise EvaluatorCrashed
+            try:
+                outcome = reply.result()
+            except ray.exceptions.RayError as error:
+                # Ray may know before the pidfd does; the pool must have dropped the member first.
+                self.kill()
+                await asyncio.wait([self.dead], timeout=5.0)
+                raise EvaluatorCrashed from error
+        finally:
+            reply.cancel()
+        raise_outcome(outcome)
+        return outcome[1], outcome[2]
+
+    def kill(self) -> None:
+        with contextlib.suppress(Exception):
+            ray.kill(self._handle)
+
+
+async def _get(reference: Any) -> Outcome:
+    outcome: Outcome = await reference
+    return outcome
+
+
+class RayPool(Pool):
+    """Keeps `config.evaluators` evaluator actors alive on this node."""
+
+    def __init__(self, config: CloudConfig, programs: Mapping[str, Program]) -> None:
+        super().__init__()
+        self._config = config
+        self._parts: dict[str, Parts] = {name: p.to_parts() for name, p in programs.items()}
+        self._members: dict[int, RayMember] = {}
+        self._keepers: list[asyncio.Task[None]] = []
+        self._all_up = asyncio.Event()
+        self._generation = 0
+
+    @property
+    def members(self) -> Sequence[Member]:
+        return [self._members[index] for index in sorted(self._members)]
+
+    async def start(self) -> None:
+        for entry in ray.util.list_named_actors(all_namespaces=True):
+            if entry["namespace"] == NAMESPACE and entry["name"].startswith("evaluator-"):
+                with contextlib.suppress(ValueError):  # it died meanwhile
+                    ray.kill(ray.get_actor(entry["name"], namespace=NAMESPACE))
+        self._keepers = [asyncio.create_task(self._keep(index)) for index in range(self._config.evaluators)]
+        try:
+            await asyncio.wait_for(self._all_up.wait(), 2 * _START_S)
+        except TimeoutError as error:
+            if not self._members:
+                raise TailUnavailable(
+                    "no evaluator came up: see the cell's log, and whether memory or cores are short"
+                ) from error
+
+    async def close(self) -> None:
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        members, self._members = list(self._members.values()), {}
+        for member in members:
+            member.kill()
+        if members:
+            await asyncio.wait([m.dead for m in members], timeout=5.0)
+
+    async def _keep(self, index: int) -> None:
+        """One place in the pool, for ever: start, watch, start again."""
+        back_off_s = _BACK_OFF_S[0]
+        while True:
+            started_s = time.monotonic()
+            member: RayMember | None = None
+            try:
+                member = await self._spawn(index)
+                self._members[index] = member
+                if len(self._members) == self._config.evaluators:
+                    self._all_up.set()
+                self.on_change()
+                await asyncio.shield(member.dead)
+                _log.error("%s (pid %d) died", member.name, member.pid)
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                _log.error("an evaluator did not start: %s: %s", type(error).__name__, error)
+            self._members.pop(index, None)
+            if member is not None:
+                member.kill()
+            self.restarts += 1
+            if time.monotonic() - started_s > _STABLE_S:
+                back_off_s = _BACK_OFF_S[0]
+            else:
+                await asyncio.sleep(back_off_s)
+                back_off_s = min(2 * back_off_s, _BACK_OFF_S[1])
+
+    async def _spawn(self, index: int) -> RayMember:
+        self._generation += 1
+        name = f"evaluator-{index}-{self._generation}"
+        c = self._config
+        here = ray.get_runtime_context().get_node_id()
+        actor = ray.remote(EvaluatorActor).options(
+            name=name,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            num_cpus=1,
+            max_restarts=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
+        )
+        handle = actor.remote(self._parts, c.backend, c.loaded_keys_bytes, c.threads)
+        try:
+            pid = await asyncio.wait_for(_pid(handle), _START_S)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                ray.kill(handle)
+            raise
+        return RayMember(name, handle, pid)
+
+
+async def _pid(handle: Any) -> int:
+    return int(await handle.pid.remote())
+
+
+class GatewayActor:
+    """Hosts the gateway and its gRPC server on this actor's event loop."""
+
+    def __init__(self, config: CloudConfig) -> None:
+        _end_without_raylet()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        self._config = config
+        self._gateway: Gateway | None = None
+        self._server: TailServer | None = None
+        self._port = 0
+        self._stop_metrics: Callable[[], None] | None = None
+
+    async def start(self) -> Outcome:
+        """("ok", description) once evaluators are up and the port is served."""
+        try:
+            await self._start()
+        except BaseException as error:
+            await self._close(0.0)
+            return _outcome(error)
+        return ("ok", await self.describe())
+
+    async def _start(self) -> None:
+        config = self._config
+        registry = prometheus_client.CollectorRegistry()
+
+        def pool_of(models: Registry) -> Pool:
+            return RayPool(config, models.programs)
+
+        self._gateway = Gateway(config, open_bundles(config.models), pool_of, CloudMetrics(registry))
+        _log_to(config.state_dir / "cell.log")
+        self._server = TailServer(self._gateway)
+        await self._gateway.start()
+        self._port = await self._server.start()
+        if config.metrics_port:
+            self._stop_metrics = serve_metrics(config.host, config.metrics_port, registry)
+
+    async def describe(self) -> dict[str, Any]:
+        """Address, processes and models; see `cloud.app` for the announce file made of it."""
+        if self._gateway is None:
+            raise EvaluationFailed("the gateway has not been started")
+        host = self._config.host
+        address = f"[{host}]:{self._port}" if ":" in host else f"{host}:{self._port}"
+        return {
+            "address": address,
+            "port": self._port,
+            "gateway_pid": os.getpid(),
+            "serving": self._gateway.serving,
+            **self._gateway.describe(),
+        }
+
+    async def stop(self, grace_s: float) -> bool:
+        await self._close(grace_s)
+        return True
+
+    async def _close(self, grace_s: float) -> None:
+        if self._stop_metrics is not None:
+            self._stop_metrics()
+        if self._server is not None:
+            await self._server.stop(grace_s)
+        if self._gateway is not None:
+            await self._gateway.close()
+        self._server = self._gateway = self._stop_metrics = None
+
+
+def serve_metrics(host: str, port: int, registry: Any) -> Callable[[], None]:
+    """Prometheus over HTTP on a thread; returns what ends it. Raises `ConfigError`."""
+    try:
+        server, thread = prometheus_client.start_http_server(port, host, registry)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot serve metrics on {host}:{port} ({error.strerror}): choose another metrics_port"
+        ) from error
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join(timeout=5)
+
+    return stop
+
+
+def _log_to(path: Path) -> None:
+    """The cell's log: events and faults, never payloads, keys or identities."""
+    handler = logging.handlers.RotatingFileHandler(path, maxBytes=2_000_000, backupCount=2)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("cloud")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+__all__ = [
+    "GATEWAY",
+    "NAMESPACE",
+    "EvaluatorActor",
+    "GatewayActor",
+    "RayMember",
+    "RayPool",
+    "raise_outcome",
+    "serve_metrics",
+]

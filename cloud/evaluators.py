@@ -1,0 +1,129 @@
+"""Evaluators as the queue sees them, and the in-process kind.
+
+A `Pool` holds evaluators that come and go; the queue asks it for those that are
+up. Each does one evaluation at a time, in the order of arrival. Ray actors are
+the production kind (`cloud.actor`); `LocalPool` needs no Ray and no process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from blindtail.he.program import Program
+from cloud.engine import Engine
+
+
+class EvaluatorGone(Exception):
+    """The evaluator was gone before this work reached it. Never leaves the cloud."""
+
+
+class EvaluatorCrashed(EvaluatorGone):
+    """The evaluator's process ended before it answered. Never leaves the cloud."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One evaluation: program, prepared keys on this node, container."""
+
+    program_id: str
+    keys: Path
+    container: bytes
+
+
+class Member(Protocol):
+    """One evaluator that is up."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def pid(self) -> int: ...
+
+    async def evaluate(self, work: Work) -> tuple[bytes, float]:
+        """(reply container, seconds). Raises a `TailError`, `EvaluatorGone` or `EvaluatorCrashed`."""
+        ...
+
+
+class Pool(ABC):
+    """The evaluators of a cell. `on_change` is called on the loop when one comes or goes."""
+
+    def __init__(self) -> None:
+        self.on_change: Callable[[], None] = lambda: None
+        self.restarts = 0
+
+    @property
+    @abstractmethod
+    def members(self) -> Sequence[Member]:
+        """Those that are up, in a stable order."""
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Returns when all are up. Raises `TailUnavailable` when none comes up."""
+
+    @abstractmethod
+    async def close(self) -> None: ...
+
+
+class LocalMember:
+    """An evaluator on one worker thread of this process."""
+
+    def __init__(self, name: str, engine: Engine) -> None:
+        self._name, self._engine = name, engine
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def pid(self) -> int:
+        return os.getpid()
+
+    async def evaluate(self, work: Work) -> tuple[bytes, float]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._thread, self._engine.evaluate, work.program_id, str(work.keys), work.container
+        )
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+class LocalPool(Pool):
+    """`count` evaluators in this process, one thread each. For tests and single-process use."""
+
+    def __init__(
+        self, programs: Mapping[str, Program], backend: str, count: int, loaded_keys_bytes: int
+    ) -> None:
+        super().__init__()
+        self._programs, self._backend = programs, backend
+        self._count, self._loaded_keys_bytes = count, loaded_keys_bytes
+        self._members: list[LocalMember] = []
+
+    @property
+    def members(self) -> Sequence[Member]:
+        return self._members
+
+    async def start(self) -> None:
+        def engine() -> Engine:
+            return Engine(self._programs, self._backend, self._loaded_keys_bytes)
+
+        for index in range(self._count):
+            member = LocalMember(f"evaluator-{index}", await asyncio.to_thread(engine))
+            self._members.append(member)
+        self.on_change()
+
+    async def close(self) -> None:
+        members, self._members = self._members, []
+        for member in members:
+            await asyncio.to_thread(member.close)
+
+
+__all__ = ["EvaluatorCrashed", "EvaluatorGone", "LocalMember", "LocalPool", "Member", "Pool", "Work"]

@@ -1,0 +1,223 @@
+"""An edge site: its own Ray cluster, N EdgeActors, and a stream of images.
+
+Edge and cloud never share a Ray cluster: inside one, either could run code on the
+other. A site's cluster takes only calls that carry its own random token, and ends
+with the site.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blindtail.bundle import EdgeBundle
+from blindtail.errors import ConfigError, StateError
+from blindtail.records import Answer
+from edge.config import EdgeConfig
+
+_STATUS_S = 30.0
+_OBJECT_STORE_BYTES = 100_000_000
+#: The token of every site of this process.
+_token: str | None = None
+
+
+@contextmanager
+def site_cluster(cpus: int) -> Iterator[dict[str, str]]:
+    """A local Ray cluster of this process alone; yields its address and id.
+
+    Ray reads its authentication when it is loaded and keeps it: a process can run
+    several sites one after the other, but Ray must not have been loaded before the
+    first. Raises `StateError` when it was, or when it is in use.
+    """
+    global _token
+    ray_loaded = sys.modules.get("ray")
+    if ray_loaded is not None and (_token is None or ray_loaded.is_initialized()):
+        raise StateError("Ray is in use in this process already: start the site in a process of its own")
+    _token = _token or secrets.token_hex(32)
+    home = Path(tempfile.mkdtemp(prefix="btedge-", dir=_short_tmp()))
+    token = home / "token"
+    token.touch(mode=0o600)
+    token.write_text(_token)
+    settings = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": os.pathsep.join(_import_paths()),
+    }
+    before = {name: os.environ.get(name) for name in (*settings, "RAY_ADDRESS", "RAY_AUTH_TOKEN")}
+    os.environ.update(settings)
+    os.environ.pop("RAY_ADDRESS", None)
+    os.environ.pop("RAY_AUTH_TOKEN", None)
+    try:
+        import ray
+
+        try:
+            info = ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                configure_logging=False,
+                _temp_dir=str(home),
+            )
+            yield {"ray_address": str(info.address_info["gcs_address"]), "cluster_id": _cluster_id()}
+        finally:
+            ray.shutdown()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def run_site(
+    config: EdgeConfig,
+    images: NDArray[Any],
+    labels: Sequence[int] | NDArray[Any] | None = None,
+    *,
+    announce: Path | None = None,
+    statuses: list[dict[str, Any]] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Answers `images` (n, C, H, W) on `config.actors` actors; yields one record per image.
+
+    labels    true labels (n,), copied into the records
+    announce  file written once the actors are up: {"ray_address", "cluster_id",
+              "actors": [{"name", "pid"}], "ready", "pid"}
+    statuses  gets every actor's status at the end
+
+    Records come as answers complete, not in order: {"index", "label", "at_s",
+    "actor"} and the fields of `blindtail.records.Answer`, with the answer's own
+    label as "predicted". At most `in_flight` images per actor are on the way. The
+    cluster ends with the iterator. Raises `ConfigError` and `BundleError` before
+    anything starts, `InputError` for an image that does not fit the model.
+    """
+    EdgeBundle.open(config.model)
+    config.credentials()
+    if len(images) == 0:
+        raise ConfigError("there are no images to answer")
+    # SIGTERM twice: `ray.init` replaces our handler with one of its own.
+    with _terminable(), site_cluster(config.actors) as cluster, _terminable():
+        import ray
+
+        from edge.actor import start_actor
+
+        actors = [start_actor(f"edge-{i}", config) for i in range(config.actors)]
+        pids = ray.get([a.pid.remote() for a in actors])
+        ready = False
+        if config.ready_timeout_s:
+            ready = all(ray.get([a.wait_ready.remote(config.ready_timeout_s) for a in actors]))
+        if announce is not None:
+            named = [{"name": f"edge-{i}", "pid": pid} for i, pid in enumerate(pids)]
+            _write(announce, {**cluster, "actors": named, "ready": ready, "pid": os.getpid()})
+        try:
+            yield from _drive(actors, images, labels, config)
+        finally:
+            if statuses is not None:
+                statuses.extend(ray.get([a.status.remote() for a in actors], timeout=_STATUS_S))
+            ray.wait([a.close.remote() for a in actors], num_returns=len(actors), timeout=5.0)
+
+
+def _drive(
+    actors: Sequence[Any],
+    images: NDArray[Any],
+    labels: Sequence[int] | NDArray[Any] | None,
+    config: EdgeConfig,
+) -> Iterator[dict[str, Any]]:
+    """Keeps every actor busy with at most `in_flight` images."""
+    import ray
+
+    start_s = time.monotonic()
+    waiting: dict[Any, tuple[int, int]] = {}  # reference -> (image, actor)
+    free = [i for i in range(len(actors)) for _ in range(config.in_flight)]
+    coming = iter(range(len(images)))
+    exhausted = False
+    while waiting or not exhausted:
+        while free and not exhausted:
+            index = next(coming, None)
+            if index is None:
+                exhausted = True
+                break
+            actor = free.pop(0)
+            image = np.ascontiguousarray(images[index])
+            waiting[actors[actor].infer.remote(image)] = (index, actor)
+        if not waiting:
+            break
+        for reference in ray.wait(list(waiting), num_returns=1)[0]:
+            index, actor = waiting.pop(reference)
+            free.append(actor)
+            answer: Answer = ray.get(reference)
+            yield {
+                "index": index,
+                "label": None if labels is None else int(labels[index]),
+                "at_s": time.monotonic() - start_s,
+                "actor": actor,
+                **answer_fields(answer),
+            }
+
+
+def answer_fields(answer: Answer) -> dict[str, Any]:
+    """An answer as plain JSON data; its label is called "predicted"."""
+    fields = asdict(answer)
+    fields["predicted"] = fields.pop("label")
+    return fields
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the site in order, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _cluster_id() -> str:
+    from ray._private.worker import global_worker
+
+    return str(global_worker.node.cluster_id.hex())
+
+
+def _import_paths() -> list[str]:
+    root = str(Path(__file__).resolve().parent.parent)
+    return [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+
+
+def _short_tmp() -> str:
+    """Ray puts sockets below it, whose paths must stay under 107 characters."""
+    usual = tempfile.gettempdir()
+    return usual if len(usual) <= 20 else "/tmp"
+
+
+def _write(path: Path, data: Mapping[str, Any]) -> None:
+    """JSON, whole or not at all: readers poll for the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(data))
+    part.replace(path)

@@ -1,0 +1,99 @@
+"""Both halves of one model in one place: what the model's owner has, and nobody else.
+
+`blindtail verify` and the demo compare encrypted with clear answers, so they
+open edge.bt and cloud.bt together. A device in the field has no cloud.bt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blindtail.bundle import CloudBundle, EdgeBundle
+from blindtail.errors import BundleError, InputError
+from blindtail.he.program import MapOp, Program
+from blindtail.he.spec import TailSpec
+from edge.executor import HeadExecutor, softmax
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class HeadOutputs:
+    """What the head gives for n images, in the clear.
+
+    exit_probabilities  (n, exits, classes), calibrated
+    activations         (n, features) at the cut
+    """
+
+    exit_probabilities: Floats
+    activations: Floats
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """An edge.bt and its cloud.bt, and the cut that is looked at."""
+
+    edge: EdgeBundle
+    cloud: CloudBundle
+    cut: int
+
+    @classmethod
+    def open(cls, edge_bt: Path, cloud_bt: Path, cut: int | None = None) -> ModelPair:
+        """`cut`: stage index, default the last cut. Raises `BundleError` when the files do not fit."""
+        edge, cloud = EdgeBundle.open(edge_bt), CloudBundle.open(cloud_bt)
+        if (edge.model, edge.version) != (cloud.model, cloud.version):
+            raise BundleError(
+                f"{edge_bt} is model {edge.model} version {edge.version}, {cloud_bt} is model {cloud.model} "
+                f"version {cloud.version}: use the two files that were written together"
+            )
+        if not edge.cuts:
+            raise BundleError(f"{edge_bt} allows no cut: there is no encrypted tail to compare")
+        cut = max(edge.cuts) if cut is None else cut
+        if cut not in edge.cuts or cut not in cloud.programs:
+            raise InputError(f"model {edge.model} has no cut {cut}; it has {sorted(edge.cuts)}")
+        if edge.cuts[cut].program_id != cloud.programs[cut].spec.program_id:
+            raise BundleError(
+                f"{edge_bt} and {cloud_bt} hold different tails under one version: build both files again"
+            )
+        return cls(edge, cloud, cut)
+
+    @property
+    def spec(self) -> TailSpec:
+        return self.edge.cuts[self.cut]
+
+    @property
+    def program(self) -> Program:
+        return self.cloud.programs[self.cut]
+
+    def run_head(
+        self, pixels: NDArray[Any], progress: Callable[[int], None] = lambda done: None
+    ) -> HeadOutputs:
+        """All stages and exits on images (n, C, H, W), one by one as the edge does."""
+        head = HeadExecutor(self.edge)
+        exit_after = {e.after_stage: (i, e) for i, e in enumerate(self.edge.exits)}
+        probabilities = np.zeros((len(pixels), len(self.edge.exits), len(self.edge.class_names)))
+        activations = np.zeros((len(pixels), self.spec.features))
+        for n, image in enumerate(pixels):
+            x = head.prepare(image)
+            for stage in range(len(self.edge.stages)):
+                x = head.run_stage(stage, x)
+                if stage in exit_after:
+                    i, e = exit_after[stage]
+                    probabilities[n, i] = softmax(head.run_exit(i, x), e.temperature)
+                if stage == self.cut:
+                    activations[n] = x.reshape(-1)
+            progress(n + 1)
+        return HeadOutputs(probabilities, activations)
+
+    def clear_tail(self, activations: Floats) -> Floats:
+        """The tail's exact logits in the clear: (n, features) -> (n, classes)."""
+        x = np.atleast_2d(np.asarray(activations, np.float64))
+        for op in self.program.ops:
+            x = x @ op.weight.T + op.bias if isinstance(op, MapOp) else x * x
+        return x

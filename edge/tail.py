@@ -1,0 +1,129 @@
+"""What the runtime needs of a tail, wherever it runs.
+
+A `TailClient` carries containers to an evaluator and back; it never sees a
+secret key. A `Cipher` holds the secret key; it never sees a network. A `Tail` is
+one cut's pair of them with a state, and is all that `EdgeRuntime` knows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blindtail.errors import (
+    AccessDenied,
+    ContainerError,
+    DeadlineExceeded,
+    EvaluationFailed,
+    InputError,
+    KeysMissing,
+    Overloaded,
+    ProgramMismatch,
+    SessionLost,
+    TailUnavailable,
+)
+from blindtail.he.spec import TailSpec
+from blindtail.records import TailReply
+
+FloatArray = NDArray[np.float64]
+
+#: Longest wait for a reply when a request has no deadline.
+TAIL_TIMEOUT_S = 30.0
+
+#: Error on the tail path -> the word in `Answer.fallback`. Anything else: "unavailable".
+FALLBACK_REASONS: tuple[tuple[type[Exception], str], ...] = (
+    (DeadlineExceeded, "deadline"),
+    (Overloaded, "overloaded"),
+    (SessionLost, "session"),
+    (KeysMissing, "keys"),
+    (EvaluationFailed, "evaluation"),
+    (ContainerError, "refused"),
+    (ProgramMismatch, "refused"),
+    (AccessDenied, "refused"),
+    (InputError, "refused"),  # the activation does not fit the cipher's range
+    (TailUnavailable, "unavailable"),
+)
+
+
+def fallback_reason(error: Exception) -> str:
+    """The bounded word that tells a caller why the tail did not answer."""
+    return next((word for kind, word in FALLBACK_REASONS if isinstance(error, kind)), "unavailable")
+
+
+class Cipher(Protocol):
+    """Encrypts activations, decrypts replies. Thread-safe.
+
+    `encrypt` and `decrypt` wait at most `wait_s` for another thread's turn, then
+    raise `DeadlineExceeded`; None waits as long as it takes.
+    """
+
+    def encrypt(self, activation: FloatArray, wait_s: float | None = None) -> bytes:
+        """(features,) -> container. Raises `DeadlineExceeded`."""
+
+    def decrypt(self, container: bytes, wait_s: float | None = None) -> FloatArray:
+        """Container -> logits (outputs,). Raises `ContainerError`, `DeadlineExceeded`."""
+
+
+class TailClient(Protocol):
+    """Brings one container to an evaluator. Thread-safe."""
+
+    def evaluate(self, container: bytes, remaining_s: float | None) -> TailReply:
+        """Returns within `remaining_s` or raises a `TailError`. None = no deadline: `TAIL_TIMEOUT_S`."""
+
+
+class TailState(Enum):
+    """Where a tail stands. Only READY offloads; all others answer from exits."""
+
+    STARTING = "starting"
+    KEYS = "making keys"
+    UPLOADING = "uploading keys"
+    CHECKING = "cloud checks keys"
+    READY = "ready"
+    JOINING = "registering"
+    AWAY = "cloud away"
+    MISMATCH = "model mismatch"
+    DENIED = "access denied"
+    FAILED = "failed"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class TailStatus:
+    """A tail's state for people: what it does, since when, and what to do about it.
+
+    `sent_bytes` of `key_bytes` evaluation keys are uploaded. `since_s` is on the
+    runtime's clock. `problem` is a public message, empty when all is well.
+    """
+
+    state: TailState
+    problem: str = ""
+    sent_bytes: int = 0
+    key_bytes: int = 0
+    registrations: int = 0
+    since_s: float = 0.0
+
+
+class Tail(TailClient, Protocol):
+    """One cut's encrypted tail: client, cipher and state."""
+
+    @property
+    def spec(self) -> TailSpec: ...
+
+    @property
+    def cipher(self) -> Cipher | None:
+        """None until the secret key is loaded; never None while `ready`."""
+
+    @property
+    def ready(self) -> bool:
+        """True when keys are uploaded, the session is registered and no back-off runs."""
+
+    def status(self) -> TailStatus: ...
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Waits until `ready`; False after `timeout_s` or when it is hopeless."""
+
+    def close(self) -> None: ...

@@ -1,0 +1,107 @@
+"""The gRPC client of one cell: register, ask for keys, evaluate."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Protocol
+
+from blindtail.errors import DeadlineExceeded
+from blindtail.he.spec import TailSpec
+from blindtail.records import TailReply, TailTimings
+from blindtail.rpc import Credentials, TailStub, secure_channel
+from blindtail.wire import (
+    EvaluateCall,
+    KeyStatus,
+    KeyStatusCall,
+    RegisterCall,
+    RegisterResult,
+)
+
+
+class CellClient(Protocol):
+    """What a session needs of a cell. Every method raises only `TailError`. Thread-safe."""
+
+    @property
+    def address(self) -> str:
+        """Where the cell is dialled."""
+
+    def register(self, key_sha256: bytes, timeout_s: float) -> RegisterResult: ...
+
+    def key_status(self, key_sha256: bytes, timeout_s: float) -> KeyStatus: ...
+
+    def evaluate(
+        self, session: bytes, request_id: bytes, attempt: int, container: bytes, remaining_s: float
+    ) -> TailReply: ...
+
+    def close(self) -> None: ...
+
+
+class GrpcTailClient:
+    """A `CellClient` over gRPC. Follows the cell's own address once it has named one.
+
+    A cell behind a balancer answers `Register` with its own address; from then on
+    that one is dialled, until it is gone: then `forget_cell` goes back to the
+    address given.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        credentials: Credentials,
+        *,
+        model: str,
+        version: str,
+        spec: TailSpec,
+        reply_bytes: int | None = None,
+    ) -> None:
+        """reply_bytes: largest reply accepted, the program's own when not given."""
+        self._reply_bytes = reply_bytes or spec.reply_bytes
+        self._given = self._dialled = address
+        self._credentials = credentials
+        self._model, self._version, self._spec = model, version, spec
+        self._lock = threading.Lock()
+        self._channel = secure_channel(address, credentials)
+        self._stub = TailStub(self._channel)
+
+    @property
+    def address(self) -> str:
+        return self._dialled
+
+    def register(self, key_sha256: bytes, timeout_s: float) -> RegisterResult:
+        call = RegisterCall(self._model, self._version, self._spec.program_id, key_sha256)
+        result = self._stub.register(call, timeout_s)
+        if result.address and result.address != self._dialled:
+            self._dial(result.address)
+        return result
+
+    def key_status(self, key_sha256: bytes, timeout_s: float) -> KeyStatus:
+        return self._stub.key_status(KeyStatusCall(self._spec.program_id, key_sha256), timeout_s)
+
+    def evaluate(
+        self, session: bytes, request_id: bytes, attempt: int, container: bytes, remaining_s: float
+    ) -> TailReply:
+        """Raises a `TailError` after `remaining_s` at the latest; `ContainerError` for an oversized reply."""
+        if remaining_s <= 0:
+            raise DeadlineExceeded("no time is left for the round trip")
+        call = EvaluateCall(session, request_id, container, attempt, remaining_s)
+        start_s = time.monotonic()
+        result = self._stub.evaluate(call, remaining_s, self._reply_bytes)
+        timings = TailTimings(result.queue_s, result.eval_s, result.evaluator)
+        return TailReply(result.container, timings, time.monotonic() - start_s)
+
+    def forget_cell(self) -> None:
+        """Dials the address given again, since the cell does not answer."""
+        if self._dialled != self._given:
+            self._dial(self._given)
+
+    def close(self) -> None:
+        with self._lock:
+            self._channel.close()
+
+    def _dial(self, address: str) -> None:
+        channel = secure_channel(address, self._credentials)
+        with self._lock:
+            old, self._channel, self._dialled = self._channel, channel, address
+            self._stub = TailStub(channel)
+        old.close()

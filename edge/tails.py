@@ -1,0 +1,79 @@
+"""Composition: one started tail in the cloud for every cut of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from blindtail.bundle import EdgeBundle
+from blindtail.errors import ConfigError
+from blindtail.he.spec import TailSpec
+from blindtail.rpc import Credentials
+from edge.cipher import check_backend, largest_reply, prepare_backend
+from edge.keyfiles import KeyFiles, default_state_dir
+from edge.keys import KeyProcess
+from edge.keys_child import Order, credentials_to_json
+from edge.session import RemoteTail
+from edge.tail import Tail
+from edge.tail_client import GrpcTailClient
+
+
+def open_tails(
+    bundle: EdgeBundle,
+    address: str,
+    *,
+    credentials: Credentials,
+    state_dir: str | Path | None = None,
+    uplink_bps: float | None = None,
+    backend: str = "seal",
+    on_probe: Callable[[int, float], None] | None = None,
+) -> dict[int, Tail]:
+    """One started `RemoteTail` per cut of the model. Raises `ConfigError`."""
+    check_backend(backend)
+    if uplink_bps is not None and not uplink_bps > 0:
+        raise ConfigError(f"uplink_bps is the uplink's bits per second, above 0, not {uplink_bps!r}")
+    root = Path(state_dir) if state_dir is not None else default_state_dir()
+    tails: dict[int, Tail] = {}
+    try:
+        for cut, spec in bundle.cuts.items():
+            KeyFiles(root, spec, backend).prepare()
+            prepare_backend(spec, backend)
+            client = GrpcTailClient(
+                address,
+                credentials,
+                model=bundle.model,
+                version=bundle.version,
+                spec=spec,
+                reply_bytes=largest_reply(spec, backend),
+            )
+            tail = RemoteTail(
+                spec,
+                client,
+                KeyFiles(root, spec, backend),
+                KeyProcess(_orders(spec, root, backend, credentials, uplink_bps)),
+                backend=backend,
+                on_probe=None if on_probe is None else lambda s, cut=cut: on_probe(cut, s),  # type: ignore[misc]
+            )
+            tails[cut] = tail
+            tail.start()
+    except BaseException:
+        for opened in tails.values():
+            opened.close()
+        raise
+    return tails
+
+
+def _orders(
+    spec: TailSpec, root: Path, backend: str, credentials: Credentials, uplink_bps: float | None
+) -> Callable[[str | None], Order]:
+    def order(address: str | None) -> Order:
+        return Order(
+            spec=spec.to_json(),
+            state_dir=str(root),
+            backend=backend,
+            address=address,
+            credentials=credentials_to_json(credentials),
+            uplink_bps=uplink_bps,
+        )
+
+    return order

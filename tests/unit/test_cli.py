@@ -1,0 +1,132 @@
+"""The command line: one line an error, exit codes, help that teaches, no role known."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+
+import pytest
+import typer
+
+from blindtail import cli
+from blindtail.errors import BlindtailError, BundleError, ConfigError, InputError, TailUnavailable
+
+COMMANDS = ("cloud", "demo", "edge", "infer", "inspect", "train", "verify")
+
+
+def _with_command(monkeypatch: pytest.MonkeyPatch, command: Callable[[], None]) -> None:
+    def register(app: typer.Typer) -> None:
+        app.command("work")(command)
+
+    class Entry:
+        name = "work"
+
+        def load(self) -> Callable[[typer.Typer], None]:
+            return register
+
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [Entry()])
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("port 1 is taken"), 2),
+        (BundleError("x.bt is damaged"), 2),
+        (InputError("wrong\nshape"), 2),
+        (TailUnavailable("nobody answers"), 1),
+        (BlindtailError("failed"), 1),
+        (RuntimeError("a bug"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, BaseException) else str(v),
+)
+def test_errors_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int
+) -> None:
+    def work() -> None:
+        raise error
+
+    monkeypatch.delenv("BLINDTAIL_DEBUG", raising=False)
+    _with_command(monkeypatch, work)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["work"])
+    captured = capsys.readouterr()
+    assert left.value.code == code
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) <= 1
+    assert "Traceback" not in captured.err
+
+
+def test_debug_shows_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work() -> None:
+        raise ConfigError("here")
+
+    monkeypatch.setenv("BLINDTAIL_DEBUG", "0")
+    _with_command(monkeypatch, work)
+    with pytest.raises(ConfigError):
+        cli.main(["--debug", "work"])
+
+
+def test_a_missing_part_keeps_the_other_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken:
+        name = "fly+swim"
+
+        def load(self) -> None:
+            raise ModuleNotFoundError("No module named 'wings'", name="wings")
+
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [Broken()])
+    with pytest.raises(SystemExit) as left:
+        cli.main(["swim", "--far", "1"])
+    assert left.value.code == 2
+    assert "'swim' needs the module 'wings'" in capsys.readouterr().err
+
+
+def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, code, text in (
+        (["--version"], 0, f"blindtail {metadata.version('blindtail')}"),
+        (["--help"], 0, "model owner"),
+        (["nothing"], 2, "No such command"),
+        (["inspect", "--nothing"], 2, "No such option"),
+        (["inspect", "/nowhere.bt"], 2, "/nowhere.bt"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            cli.main(argv)
+        captured = capsys.readouterr()
+        assert (left.value.code, text in captured.out + captured.err) == (code, True), argv
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert left.value.code == 0
+    assert f"blindtail {command}" in text.split("Options:")[0]
+    assert "--json" in text
+    assert len(text.split("Options:")[0].split()) > 25, "the help should explain and give an example"
+
+
+def test_module_entry_point() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "blindtail", "--version"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.startswith("blindtail ")
+
+
+def test_starting_is_cheap() -> None:
+    """--help loads neither torch, nor Ray, nor the cryptographic library, nor ONNX Runtime."""
+    code = (
+        "import sys; from blindtail import cli; cli.build_app();"
+        "heavy = {'torch', 'ray', 'tenseal', 'onnxruntime', 'matplotlib', 'sklearn'} & set(sys.modules);"
+        "print(sorted(heavy)); sys.exit(bool(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr

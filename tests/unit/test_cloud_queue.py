@@ -1,0 +1,433 @@
+"""The queue: fairness, deadlines, bounds, crashes. A hand-driven pool, no Ray, no clock of the wall."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from blindtail.errors import (
+    AccessDenied,
+    ContainerError,
+    DeadlineExceeded,
+    EvaluationFailed,
+    Overloaded,
+)
+from blindtail.wire import EvaluateResult
+from cloud.config import QueueLimits
+from cloud.evaluators import EvaluatorCrashed, EvaluatorGone, Member, Pool, Work
+from cloud.queue import Predictor, Queue
+from cloud.requests import Requests
+
+pytestmark = pytest.mark.timeout(20)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Hand:
+    """An evaluator whose answers are given by the test, in order."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.pid = name, 1
+        self.waiting: list[tuple[Work, asyncio.Future[tuple[bytes, float]]]] = []
+
+    async def evaluate(self, work: Work) -> tuple[bytes, float]:
+        future: asyncio.Future[tuple[bytes, float]] = asyncio.get_running_loop().create_future()
+        self.waiting.append((work, future))
+        return await future
+
+    async def answer(self, eval_s: float = 0.01) -> bytes:
+        work, future = self.waiting.pop(0)
+        future.set_result((work.container + b"!", eval_s))
+        await settle()
+        return work.container
+
+    async def fail(self, error: Exception, count: int = 1) -> None:
+        for _ in range(count):
+            self.waiting.pop(0)[1].set_exception(error)
+        await settle()
+
+
+class HandPool(Pool):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.hands = [Hand(f"e{i}") for i in range(count)]
+
+    @property
+    def members(self) -> Sequence[Member]:
+        return self.hands
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def work(tag: str, program: str = "p") -> Work:
+    return Work(program, Path("keys"), tag.encode())
+
+
+def run(
+    body: Callable[[Queue, HandPool, Clock], Awaitable[None]],
+    evaluators: int = 1,
+    limits: QueueLimits | None = None,
+    cost_s: Callable[[str], float] = lambda program: 0.1,
+) -> None:
+    async def main() -> None:
+        pool, clock = HandPool(evaluators), Clock()
+        queue = Queue(pool, limits or QueueLimits(), Predictor(cost_s), clock)
+        await body(queue, pool, clock)
+        await queue.close()
+
+    asyncio.run(main())
+
+
+def test_one_request_comes_back_with_its_times() -> None:
+    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+        future = queue.submit("a", work("1"), 5)
+        await settle()
+        clock.now += 0.5
+        await pool.hands[0].answer(eval_s=0.2)
+        result = future.result()
+        assert (result.container, result.evaluator, result.eval_s) == (b"1!", "e0", 0.2)
+        assert result.queue_s == pytest.approx(0.3)
+
+    run(body)
+
+
+def test_at_most_two_outstanding_per_evaluator() -> None:
+    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+        for i in range(7):
+            queue.submit("a", work(str(i)), 5)
+        await settle()
+        assert [len(h.waiting) for h in pool.hands] == [2, 2]
+        assert len(queue) == 3
+
+    run(body, evaluators=2)
+
+
+def test_a_quiet_identity_is_not_starved_by_a_busy_one() -> None:
+    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+        for i in range(20):
+            queue.submit("busy", work(f"b{i}"), 60)
+        await settle()
+        queue.submit("quiet", work("q"), 60)
+        order = []
+        while pool.hands[0].waiting:
+            order.append(await pool.hands[0].answer())
+        assert len(order) == 21
+        assert order.index(b"q") <= 4  # two were with the evaluator already
+
+    run(body)
+
+
+def test_turns_are_shared_in_seconds_not_in_requests() -> None:
+    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+        for i in range(40):
+            queue.submit("slow", work(f"s{i}", "slow"), 60)
+            queue.submit("fast", work(f"f{i}", "fast"), 60)
+        await settle()
+        order = []
+        for _ in range(22):
+            slow = pool.hands[0].waiting[0][0].program_id == "slow"
+            order.append(await pool.hands[0].answer(eval_s=1.0 if slow else 0.1))
+        fast = sum(tag.startswith(b"f") for tag in order)
+        assert 16 <= fast <= 21  # ten to one, less what was sent before the other came
+
+    run(body, cost_s=lambda program: 1.0 if program == "slow" else 0.1)
+
+
+def test_expired_work_is_dropped_when_its_turn_comes() -> None:
+    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+        queue.submit("a", work("0"), 60)
+        queue.submit("a", work("1"), 60)
+        late = queue.submit("a", work("late"), 1.0)
+        kept = queue.submit("a", work("kept"), 60)
+        await settle()
+        clock.now += 2
+        await pool.hands[0].answer()
+        assert isinstance(late.exception(), DeadlineExceeded)
+        assert [w.container for w, _ in pool.hands[0].waiting] == [b"1", b"kept"]
+        assert not kept.done()
+
+    run(body)
+
+
+def test_no_time_left_is_refused_at_once() -> None:
+    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+        with pytest.raises(DeadlineExceeded):
+            queue.submit("a", work("x"), 0.0)
+
+    run(body)
+
+
+@pytest.mark.parametrize("limits", [QueueLimits(jobs=3), QueueLimits(jobs_per_identity=3)])
+def test_a_full_queue_says_when_to_come_back(limits: QueueLimits) -> None:
+    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+        for i in range(5):  # two with the evaluator, three wait
+            queue.submit("a", work(str(i)), 60)
+        with pytest.raises(Overloaded) as caught:
+            queue.submit("a", work("x"), 60)
+        assert 0.1 <= caught.value.retry_after_s <= 1.0
+        if limits.jobs_per_identity == 3:
+            queue.submit("b", work("other"), 60)
+
+    run(body, limits=limits)
+
+
+def test_abandoned_work_never_reaches_an_evaluator() -> None:
+    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+        futures = [queue.submit("a", work(str(i)), 60) for i in range(4)]
+        await settle()
+        queue.abandon(futures[2])
+        queue.abandon(futures[2])  # twice is once
+        queue.abandon(futures[0])  # runs already: it is finished
+        assert futures[2].cancelled()
+        assert not futures[0].cancelled()
+        seen = []
+        while pool.hands[0].waiting:
+            seen.append(await pool.hands[0].answer())
+        assert seen == [b"0", b"1", b"3"]
+        assert len(queue) == 0
+
+    run(body)
+
+
+def test_an_error_of_the_evaluator_reaches_its_caller_alone() -> None:
+    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+        bad, odd, good = (queue.submit("a", work(t), 60) for t in ("bad", "odd", "good"))
+        await settle()
+        await pool.hands[0].fail(ContainerError("cut"))
+        await pool.hands[0].fail(ValueError("internals"))
+        await pool.hands[0].answer()
+        assert isinstance(bad.exception(), ContainerError)
+        assert isinstance(odd.exception(), EvaluationFailed)
+        assert "internals" not in str(odd.exception())
+        assert good.result().container == b"good!"
+
+    run(body)
+
+
+def test_a_crash_is_tried_once_more_on_an_idle_evaluator() -> None:
+    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+        first, second = pool.hands
+        futures = [queue.submit("a", work(str(i)), 60) for i in range(6)]
+        await settle()
+        pool.hands = [second]
+        await first.fail(EvaluatorCrashed(), count=2)
+        assert len(second.waiting) == 2  # busy: the retry waits until it is idle
+        await second.answer()
+        assert len(second.waiting) == 1  # nothing new is put before the retry
+        await second.answer()
+        assert [w.container for w, _ in second.waiting] == [b"0"]
+        while second.waiting:
+            await second.answer()
+        assert all(f.result().evaluator == "e1" for f in futures)
+
+    run(body, evaluators=2)
+
+
+def test_the_second_crash_of_a_request_is_the_last_and_quarantines_its_client() -> None:
+    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+        poison, bystander = queue.submit("evil", work("poison"), 60), queue.submit("good", work("g"), 60)
+        await settle()
+        await pool.hands[0].fail(EvaluatorCrashed(), count=2)
+        assert [w.container for w, _ in pool.hands[0].waiting] == [b"poison"]
+        await pool.hands[0].fail(EvaluatorCrashed())
+        assert isinstance(poison.exception(), EvaluationFailed)
+        await pool.hands[0].answer()
+        assert bystander.result().container == b"g!"
+        with pytest.raises(AccessDenied, match="refused for another"):
+            queue.submit("evil", work("again"), 60)
+        queue.submit("good", work("fine"), 60)
+        clock.now += QueueLimits().quarantine_s + 1
+        queue.submit("evil", work("forgiven"), 60)
+
+    run(body)
+
+
+def test_two_crashes_far_apart_are_forgiven() -> None:
+    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+        for _ in range(2):
+            queue.submit("a", work("x"), 60)
+            await settle()
+            await pool.hands[0].fail(EvaluatorCrashed())
+            await pool.hands[0].answer()
+            clock.now += QueueLimits().crash_window_s + 1
+        queue.submit("a", work("x"), 60)
+
+    run(body)
+
+
+def test_work_that_never_arrived_blames_nobody() -> None:
+    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+        future = queue.submit("a", work("x"), 60)
+        await settle()
+        for _ in range(2):
+            await pool.hands[0].fail(EvaluatorGone())
+        await pool.hands[0].answer()
+        assert future.result().container == b"x!"
+        queue.submit("a", work("y"), 60)
+
+    run(body)
+
+
+def test_without_evaluators_work_waits_for_one() -> None:
+    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+        hands, pool.hands = pool.hands, []
+        future = queue.submit("a", work("x"), 60)
+        await settle()
+        assert not future.done()
+        pool.hands = hands
+        pool.on_change()
+        await settle()
+        await hands[0].answer()
+        assert future.result().container == b"x!"
+
+    run(body)
+
+
+def test_closing_refuses_what_waits() -> None:
+    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+        futures = [queue.submit("a", work(str(i)), 60) for i in range(4)]
+        await settle()
+        await queue.close()
+        assert all(f.done() for f in futures)
+        assert isinstance(futures[3].exception(), Overloaded)
+        with pytest.raises(Overloaded):
+            queue.submit("a", work("x"), 60)
+
+    run(body)
+
+
+def test_predictions_follow_measurements_and_ignore_outliers() -> None:
+    predict = Predictor(lambda program: 0.1)
+    assert predict("p") == 0.1
+    for _ in range(100):
+        predict.learn("p", 0.2)
+    assert predict("p") == pytest.approx(0.2, rel=0.01)
+    predict.learn("p", 1000.0)
+    assert predict("p") < 0.3
+
+
+# --- request ids ---------------------------------------------------------------
+
+
+class Source:
+    """`submit` and `abandon` as the queue has them."""
+
+    def __init__(self) -> None:
+        self.futures: list[asyncio.Future[EvaluateResult]] = []
+        self.abandoned = 0
+
+    def submit(self) -> asyncio.Future[EvaluateResult]:
+        self.futures.append(asyncio.get_running_loop().create_future())
+        return self.futures[-1]
+
+    def abandon(self, future: asyncio.Future[EvaluateResult]) -> None:
+        self.abandoned += 1
+        future.cancel()
+
+
+RESULT = EvaluateResult(b"r", 0.0, 0.0)
+ID = bytes(16)
+
+
+def test_the_same_request_is_evaluated_once() -> None:
+    async def main() -> None:
+        clock, source = Clock(), Source()
+        requests = Requests(clock)
+
+        async def ask(container: bytes = b"c") -> EvaluateResult:
+            return await requests.run(ID, container, 5, source.submit, source.abandon)
+
+        both = [asyncio.create_task(ask()) for _ in range(2)]
+        await settle()
+        assert len(source.futures) == 1
+        source.futures[0].set_result(RESULT)
+        assert await asyncio.gather(*both) == [RESULT, RESULT]
+        assert await ask() == RESULT  # from the recent results
+        assert len(source.futures) == 1
+        with pytest.raises(ContainerError, match="other bytes"):
+            await ask(b"d")
+        clock.now += 61  # results are not kept for ever; the id still names its bytes
+        again = asyncio.create_task(ask())
+        await settle()
+        assert len(source.futures) == 2
+        source.futures[1].set_result(RESULT)
+        await again
+
+    asyncio.run(main())
+
+
+def test_a_waiter_that_leaves_takes_nothing_from_the_other() -> None:
+    async def main() -> None:
+        source = Source()
+        requests = Requests(Clock())
+        first, second = (
+            asyncio.create_task(requests.run(ID, b"c", 5, source.submit, source.abandon)) for _ in range(2)
+        )
+        await settle()
+        first.cancel()
+        await settle()
+        assert source.abandoned == 0
+        source.futures[0].set_result(RESULT)
+        assert await second == RESULT
+
+    asyncio.run(main())
+
+
+def test_the_last_waiter_withdraws_and_a_failure_is_tried_again() -> None:
+    async def main() -> None:
+        source = Source()
+        requests = Requests(Clock())
+
+        async def ask(remaining_s: float) -> EvaluateResult:
+            return await requests.run(ID, b"c", remaining_s, source.submit, source.abandon)
+
+        with pytest.raises(DeadlineExceeded):
+            await ask(0.01)
+        assert source.abandoned == 1
+        again = asyncio.create_task(ask(5))
+        await settle()
+        source.futures[1].set_exception(EvaluationFailed("x"))
+        with pytest.raises(EvaluationFailed):
+            await again
+        last = asyncio.create_task(ask(5))
+        await settle()
+        source.futures[2].set_result(RESULT)
+        assert await last == RESULT
+
+    asyncio.run(main())
+
+
+def test_remembered_ids_and_results_are_bounded() -> None:
+    async def main() -> None:
+        clock = Clock()
+        requests = Requests(clock)
+
+        def done() -> asyncio.Future[EvaluateResult]:
+            future: asyncio.Future[EvaluateResult] = asyncio.get_running_loop().create_future()
+            future.set_result(RESULT)
+            return future
+
+        for i in range(1000):
+            clock.now += 0.001
+            await requests.run(i.to_bytes(16), b"c", 5, done, lambda f: None)
+            await settle()
+        assert len(requests._known) <= 256
+        assert sum(r.result is not None for r in requests._known.values()) <= 8
+
+    asyncio.run(main())

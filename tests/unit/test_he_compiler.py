@@ -1,0 +1,177 @@
+"""Compiling: every random network computes what its layers say, and bad ones are refused by name."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from blindtail.errors import BundleError, ModelError
+from blindtail.he import slotmaps
+from blindtail.he.clear import ClearEvaluator
+from blindtail.he.compiler import compile_tail
+from blindtail.he.layers import Affine, Quadratic, evaluate_clear, squares_only
+from blindtail.he.program import MapOp, Program
+from blindtail.he.spec import TailSpec
+from tests.he_cases import CASES, Case, activations, clear_logits, layers, program, rewritten_logits
+
+EXAMPLES = int(os.environ.get("BLINDTAIL_EXAMPLES", "40"))
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(st.integers(1, 200), min_size=2, max_size=4),
+    st.sampled_from([1, 1, 2, 8]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_random_tails_compute_what_their_layers_say(
+    widths: list[int], lanes: int, plain: bool, seed: int
+) -> None:
+    case = Case(tuple(widths), lanes, plain)
+    made = layers(case, seed)
+    x = activations(case, 5, seed)
+    compiled = compile_tail(made, activations(case, 50, seed + 1), lanes=lanes)
+    exact = ClearEvaluator(compiled).logits(x)
+    want = evaluate_clear(squares_only(made), x)
+    assert np.allclose(exact, want, rtol=1e-9, atol=1e-9 * max(1.0, np.abs(want).max()))
+    assert compiled.depth == 2 * (len(widths) - 1) - 1 == compiled.spec.input_level
+    again = Program.from_parts(*compiled.to_parts())
+    assert again.spec == compiled.spec
+    assert TailSpec.from_json(compiled.spec.to_json()) == compiled.spec
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rewriting_quadratics_changes_nothing(case: Case) -> None:
+    x = activations(case, 20)
+    assert np.allclose(rewritten_logits(case, x), clear_logits(case, x), atol=1e-9)
+
+
+def test_the_dense_tails_of_the_comparison_have_the_planned_shape() -> None:
+    spec = program(Case((512, 128, 10))).spec
+    assert spec.parameters.ring_degree == 8192
+    assert len(spec.parameters.primes) == 4
+    assert spec.uplink_bytes <= 123_500
+    assert spec.reply_bytes <= 26_000
+    assert spec.key_bytes <= 15_000_000
+    first = program(Case((512, 128, 10))).ops[0]
+    assert isinstance(first, MapOp)
+    assert first.offsets == 512 // 8 // (512 // 128)  # 8 copies, 4 row groups a copy
+    deep = compile_tail(layers(Case((784, 128, 128, 10))), activations(Case((784, 1)), 50)).spec
+    assert len(deep.parameters.primes) == 6
+    assert deep.uplink_bytes <= 185_000
+    assert deep.key_bytes <= 30_000_000
+    assert deep.reply_bytes <= 26_000
+
+
+@pytest.mark.parametrize("offsets", [1, 2, 3, 4, 7, 16, 31, 32, 128])
+def test_baby_steps_need_the_fewest_rotations(offsets: int) -> None:
+    baby = slotmaps.baby_steps(offsets)
+    cost = baby - 1 + -(-offsets // baby) - 1
+    best = min((1 << i) - 1 + -(-offsets // (1 << i)) - 1 for i in range(9) if 1 << i <= max(offsets, 1))
+    assert cost <= best or baby == offsets
+
+
+def _net(weight: float = 1.0, b: float = 0.0, a: float = 1.0) -> list[Affine | Quadratic]:
+    eye = np.eye(4) * weight
+    return [
+        Affine(eye, np.zeros(4), "first"),
+        Quadratic(np.full(4, a), np.full(4, b), np.zeros(4), "act"),
+        Affine(eye, np.zeros(4), "last"),
+    ]
+
+
+def test_networks_that_cannot_run_are_refused_by_name() -> None:
+    x = np.ones((3, 4))
+    with pytest.raises(ModelError, match="act: the quadratic coefficient is 0"):
+        compile_tail(_net(a=0.0), x)
+    with pytest.raises(ModelError, match=r"act: \|b / 2a\| reaches 20"):
+        compile_tail(_net(b=40.0), x)
+    with pytest.raises(ModelError, match="first: weights hold NaN"):
+        _net(weight=float("nan"))
+    with pytest.raises(ModelError, match="start and end with a linear layer"):
+        compile_tail(_net()[:2], x)
+    with pytest.raises(ModelError, match="must alternate"):
+        compile_tail([_net()[0], _net()[2], _net()[2]], x)
+    with pytest.raises(ModelError, match="takes 3 values but gets 4"):
+        compile_tail([*_net()[:2], Affine(np.ones((2, 3)), np.zeros(2), "odd")], x)
+    with pytest.raises(ModelError, match=r"shape \(3, 5\); the tail takes \(n, 4\)"):
+        compile_tail(_net(), np.ones((3, 5)))
+    with pytest.raises(ModelError, match="NaN or infinity"):
+        compile_tail(_net(), np.full((3, 4), np.nan))
+    with pytest.raises(ModelError, match="power of two"):
+        compile_tail(_net(), x, lanes=3)
+    with pytest.raises(ModelError, match="at the cut has 9000 elements"):
+        compile_tail([Affine(np.ones((2, 9000)), np.zeros(2), "wide")], np.ones((1, 9000)))
+    with pytest.raises(ModelError, match="too large for the modulus"):
+        compile_tail(_net(weight=1e9), x)
+    deep = _net()[:2] * 20 + _net()[2:]
+    with pytest.raises(ModelError, match="cut the network later"):
+        compile_tail(deep, x)
+
+
+def test_the_program_id_depends_on_every_weight() -> None:
+    made = layers(CASES[1])
+    x = activations(CASES[1], 50)
+    first = made[0]
+    assert isinstance(first, Affine)
+    weight = first.weight.copy()
+    weight[3, 5] = np.nextafter(weight[3, 5], 1)
+    changed = compile_tail([replace(first, weight=weight), *made[1:]], x)
+    assert changed.spec.program_id != compile_tail(made, x).spec.program_id
+
+
+def test_damaged_programs_are_refused() -> None:
+    structure, tensors = program(CASES[1]).to_parts()
+    assert Program.from_parts(structure, tensors).spec == program(CASES[1]).spec  # the control
+    damages: list[Callable[[Any, Any], Any]] = [
+        lambda s, t: s.update(format=99),
+        lambda s, t: s.pop("ops"),
+        lambda s, t: s["ops"].pop(),
+        lambda s, t: s["ops"][0].update(offsets=s["ops"][0]["offsets"] * 2),
+        lambda s, t: s["ops"][0]["folds"].pop(),
+        lambda s, t: s["ops"][0].update(op="shell"),
+        lambda s, t: s["ops"][0].update(level=1),
+        lambda s, t: s["ops"][1].update(out_scale=(2.0**33).hex()),
+        lambda s, t: s["ops"][0].update(rows=[[0, 1, 1 << 40]]),
+        lambda s, t: s["spec"].update(program_id="0" * 64),
+        lambda s, t: s["spec"].update(predicted_noise=0.0),
+        lambda s, t: s["spec"]["parameters"].update(special=4),
+        lambda s, t: s["spec"]["keys"].pop(),
+        lambda s, t: t.pop("op0.weight"),
+        lambda s, t: t.update({"op0.weight": t["op0.weight"] * 1.5}),
+        lambda s, t: t.update({"op0.weight": np.full_like(t["op0.weight"], np.nan)}),
+        lambda s, t: t.update({"op0.weight": t["op0.weight"][:-1]}),
+        lambda s, t: t.update({"extra": np.zeros(1)}),
+    ]
+    for damage in damages:
+        s, t = copy.deepcopy(structure), dict(tensors)
+        damage(s, t)
+        with pytest.raises(BundleError):
+            Program.from_parts(s, t)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_spec_with_any_field_replaced_is_whole_or_refused(data: st.DataObject) -> None:
+    spec = copy.deepcopy(program(CASES[0]).spec.to_json())
+    field = data.draw(st.sampled_from(sorted(spec)))
+    spec[field] = data.draw(st.sampled_from([None, [], {}, -1, "x", 2**70, float("inf"), [[1, 2, 3]]]))
+    with contextlib.suppress(BundleError):
+        TailSpec.from_json(spec)
+
+
+def test_simulated_noise_is_what_was_predicted() -> None:
+    for case in (CASES[1], CASES[2]):
+        compiled = program(case)
+        x = activations(case, 40, seed=5)
+        error = ClearEvaluator(compiled, noise_seed=7).logits(x) - rewritten_logits(case, x)
+        assert 0.5 < error.std() / compiled.spec.predicted_noise < 2
