@@ -58,6 +58,8 @@ def site_cluster(cpus: int) -> Iterator[dict[str, str]]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        # A single-node cluster that listens on loopback: nobody outside needs it.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "PYTHONPATH": os.pathsep.join(_import_paths()),
     }
     before = {name: os.environ.get(name) for name in (*settings, "RAY_ADDRESS", "RAY_AUTH_TOKEN")}

@@ -72,12 +72,15 @@ REFERENCE: dict[str, tuple[float, float, float]] = {
 }
 
 
-def seconds(backend: str, spec: TailSpec, steps: Sequence[Counts]) -> float:
-    """Predicted server seconds. Raises `ModelError` for an unknown backend."""
+def seconds(backend: str, spec: TailSpec, steps: Sequence[Counts], request: bool = True) -> float:
+    """Predicted server seconds of `steps`, with what every request costs on top if `request`.
+
+    Raises `ModelError` for an unknown backend.
+    """
     if backend not in REFERENCE:
         raise ModelError(f"no cost model for backend {backend!r}; known: {', '.join(sorted(REFERENCE))}")
     transform, limb, fixed = REFERENCE[backend]
     n = spec.parameters.ring_degree
     growth = n * math.log2(n) / (8192 * 13)
     total = sum(c.transforms * transform * growth + c.limb_passes * limb * (n / 8192) for c in steps)
-    return total + fixed * (n / 8192)
+    return total + (fixed * (n / 8192) if request else 0.0)

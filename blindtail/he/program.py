@@ -223,7 +223,7 @@ class Program:
                     "level_out": op.level - 1,
                     "rotations": counts.rotations,
                     "products": counts.products,
-                    "predicted_s": cost.seconds("seal", self.spec, [counts]),
+                    "predicted_s": cost.seconds("seal", self.spec, [counts], request=False),
                 }
             )
         return rows

@@ -75,7 +75,11 @@ def pack(
         "cuts": {cut: program.spec for cut, program in programs.items()},
         "edge_budget": model.edge_budget(),
         "onnx": onnx,
-        "metrics": dict(metrics),
+        # What an edge assumes of the cloud before it has measured anything.
+        "metrics": {
+            **metrics,
+            "predicted_eval_s": {str(cut): p.predicted_s("seal") for cut, p in programs.items()},
+        },
     }
     if version is None:
         draft = EdgeBundle(version="draft", **fields)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ from cloud.config import CloudConfig, KeyLimits, QueueLimits, TlsFiles
 from cloud.evaluators import LocalMember, LocalPool, Member, Work
 from cloud.local import LocalCell
 from cloud.registry import Registry
+from tests.certificates import certificates
 from tests.cloud_cases import (
     Client,
     bundle,
@@ -214,32 +214,8 @@ def test_a_check_beyond_its_memory_is_refused_and_the_cell_lives(tmp_path: Path)
         assert edge.stub.serving(5)
 
 
-def _certificates(folder: Path) -> dict[str, Path]:
-    """A CA, a server and two clients; made by the openssl command."""
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], check=True, capture_output=True, cwd=folder, timeout=30)
-
-    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    openssl(
-        "req", "-x509", *curve, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=test CA"
-    )
-    (folder / "ext").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
-    for name in ("server", "alice", "bob"):
-        openssl("req", *curve, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        openssl(
-            *("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key"),
-            *("-CAcreateserial", "-out", f"{name}.pem", "-days", "2", "-extfile", "ext"),
-        )
-    return {p.name: p for p in folder.iterdir()}
-
-
 def test_mutual_tls_gives_every_client_its_own_keys_and_sessions(tmp_path: Path) -> None:
-    (tmp_path / "certs").mkdir()
-    try:
-        made = _certificates(tmp_path / "certs")
-    except FileNotFoundError:
-        pytest.skip("the openssl command is not installed")
+    made = certificates(tmp_path / "certs", "server", "alice", "bob")
     tls = TlsFiles(made["server.pem"], made["server.key"], made["ca.pem"])
     config = CloudConfig(tls=tls)
     with LocalCell([bundle()], backend="clear", state_dir=tmp_path / "s", config=config) as cell:

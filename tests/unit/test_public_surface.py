@@ -31,7 +31,8 @@ def test_every_error_is_at_the_top() -> None:
 @pytest.mark.timeout(60)
 def test_onnx_runtime_does_not_report_to_its_maker(tmp_path: Path) -> None:
     """Its telemetry leaves an identifier of the device in the home folder as soon as it is loaded."""
-    env = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY" and not k.startswith("XDG_")}
+    # A bare environment: it reports nothing either where it sees signs of a build machine.
+    env = {"PATH": os.environ.get("PATH", "")}
 
     def files_after(module: str) -> list[Path]:
         home = tmp_path / module
