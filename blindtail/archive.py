@@ -116,16 +116,18 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON number")
 
 
+def _named(form: str) -> str:
+    half = form.removeprefix("blindtail-")
+    return f"{'an' if half[0] in 'aeiou' else 'a'} {half}.bt file"
+
+
 def decode(path: Path, wanted: str, build: Callable[[Mapping[str, Any], Mapping[str, bytes]], _T]) -> _T:
     """Read, check everything, and `build` from manifest and members. Raises only `BundleError`."""
 
     def work() -> _T:
         manifest, members = _unpack(_read(path))
         if manifest["format"] != wanted:
-            found = manifest["format"].removeprefix("blindtail-")
-            raise BundleError(
-                f"this is a {found}.bt, a {wanted.removeprefix('blindtail-')}.bt is needed here"
-            )
+            raise BundleError(f"this is {_named(manifest['format'])}, {_named(wanted)} is needed")
         return build(manifest, members)
 
     return _guard(path, work)

@@ -18,6 +18,10 @@ from blindtail.errors import BundleError, InputError
 FloatImage = NDArray[np.float32]
 
 
+# The package sets ORT_DISABLE_TELEMETRY; this covers a library that was imported before us.
+ort.disable_telemetry_events()
+
+
 class HeadExecutor:
     """Runs stages and exits of one `EdgeBundle`. Raises `BundleError` for a damaged graph.
 

@@ -60,7 +60,10 @@ def test_the_report_says_what_the_files_hold(trained: Trained, tmp_path: Path) -
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["version"] == edge.version == cloud.version
     assert report["edge_budget"] == dict(edge.edge_budget) == trained.model.edge_budget()
-    assert report["metrics"] == edge.metrics
+    predicted = edge.metrics["predicted_eval_s"]
+    assert set(predicted) == {str(cut) for cut in edge.cuts}
+    assert all(0 < seconds < 10 for seconds in predicted.values())
+    assert {**report["metrics"], "predicted_eval_s": predicted} == edge.metrics
     assert report["tails"]["1"]["program_id"] == edge.cuts[1].program_id
     assert report["command"] == "blindtail train digits"
     assert {"torch", "numpy", "onnx", "python"} <= set(report["versions"])
