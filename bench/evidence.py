@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import results
+from bench import agreement, he, properties, results
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,9 @@ class Item:
 
 
 #: What docs/ and README quote.
-ITEMS: tuple[Item, ...] = ()
+ITEMS: tuple[Item, ...] = tuple(
+    Item(module.__name__.removeprefix("bench."), module.SOURCES) for module in (agreement, he, properties)
+)
 
 
 def stale(items: Sequence[Item] | None = None, folder: Path = results.RESULTS) -> list[tuple[Item, str]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,14 +19,12 @@ from typing import Any
 import numpy as np
 
 from bench.rows import Row, row
-from bench.tails import random_layers
+from bench.tails import Client, random_layers
 from blindtail.bundle import CloudBundle
-from blindtail.he.backends import open_evaluator
 from blindtail.he.clear import ClearEvaluator
 from blindtail.he.compiler import compile_tail
 from blindtail.he.layers import FloatArray
 from blindtail.he.program import MapOp, Program
-from blindtail.he.secret import Decryptor, Encryptor, SecretKey
 
 SOURCES = ("blindtail/he/*.py", "bench/he.py", "bench/tails.py")
 
@@ -62,13 +59,9 @@ def rows(args: argparse.Namespace) -> list[Row]:
 
 def _net(name: str, program: Program, x: FloatArray, quick: bool) -> list[Row]:
     spec = program.spec
-    with tempfile.TemporaryDirectory() as folder:
-        keys_file, prepared = Path(folder) / "keys", Path(folder) / "prepared"
-        secret = SecretKey.generate(spec, keys_file)
-        evaluator = open_evaluator("seal", program)
-        evaluator.prepare_keys(keys_file, prepared)
-        keys = evaluator.load_keys(prepared)
-    encryptor, decryptor = Encryptor(spec, secret), Decryptor(spec, secret)
+    client = Client.of(program)
+    evaluator, keys = client.evaluator, client.keys
+    encryptor, decryptor = client.encryptor, client.decryptor
     want = ClearEvaluator(program).logits(x)
     requests = [encryptor.encrypt(values) for values in x]
     timed: dict[str, Callable[[int], Any]] = {

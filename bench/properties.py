@@ -7,19 +7,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
-from pathlib import Path
 
 import numpy as np
 
 from bench.rows import Row, row
-from bench.tails import random_layers
-from blindtail.he.backends import open_evaluator
+from bench.tails import Client, random_layers
 from blindtail.he.clear import ClearEvaluator
 from blindtail.he.compiler import compile_tail
 from blindtail.he.layers import FloatArray, evaluate_clear, squares_only
 from blindtail.he.program import Program
-from blindtail.he.secret import Decryptor, Encryptor, SecretKey
 
 SOURCES = ("blindtail/he/*.py", "bench/properties.py", "bench/tails.py")
 _EXACT, _ENCRYPTED = 500, 60
@@ -69,17 +65,12 @@ def _case(seed: int) -> tuple[Program, FloatArray, FloatArray]:
 def _encrypted(program: Program, x: FloatArray, want: FloatArray) -> FloatArray:
     """|error| / bound of every logit."""
     spec = program.spec
-    with tempfile.TemporaryDirectory() as folder:
-        keys_file, prepared = Path(folder) / "keys", Path(folder) / "prepared"
-        secret = SecretKey.generate(spec, keys_file)
-        evaluator = open_evaluator("seal", program)
-        evaluator.prepare_keys(keys_file, prepared)
-        keys = evaluator.load_keys(prepared)
-    encryptor, decryptor = Encryptor(spec, secret), Decryptor(spec, secret)
+    client = Client.of(program)
     found = []
     for start in range(0, len(x), spec.lanes):
         part = slice(start, start + spec.lanes)
-        got = decryptor.decrypt(evaluator.evaluate(keys, encryptor.encrypt(x[part])))
+        request = client.encryptor.encrypt(x[part])
+        got = client.decryptor.decrypt(client.evaluator.evaluate(client.keys, request))
         found.append((np.abs(np.atleast_2d(got) - want[part]) / spec.error_bounds()).ravel())
     return np.concatenate(found)
 

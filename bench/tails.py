@@ -1,13 +1,19 @@
-"""Random dense tails by fixed seed: what benchmarks, evidence and tests compile."""
+"""Random dense tails by fixed seed, and a client of one: what benchmarks, evidence and tests use."""
 
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from blindtail.he.backends import Evaluator, Keys, open_evaluator
 from blindtail.he.layers import Affine, Layer, Quadratic
+from blindtail.he.program import Program
+from blindtail.he.secret import Decryptor, Encryptor, SecretKey
 
 
 def random_layers(widths: Sequence[int], seed: int = 0, plain: bool = True) -> list[Layer]:
@@ -28,3 +34,23 @@ def random_layers(widths: Sequence[int], seed: int = 0, plain: bool = True) -> l
             b, c = rng.normal(size=(2, outputs))
         made.append(Quadratic(a, b, c, f"act{i}"))
     return made
+
+
+@dataclass(frozen=True)
+class Client:
+    """One program on the `seal` backend with one client's fresh keys, loaded."""
+
+    evaluator: Evaluator
+    keys: Keys
+    encryptor: Encryptor
+    decryptor: Decryptor
+
+    @classmethod
+    def of(cls, program: Program) -> Client:
+        evaluator = open_evaluator("seal", program)
+        with tempfile.TemporaryDirectory() as folder:
+            sent, prepared = Path(folder) / "keys", Path(folder) / "prepared"
+            secret = SecretKey.generate(program.spec, sent)
+            evaluator.prepare_keys(sent, prepared)
+            keys = evaluator.load_keys(prepared)
+        return cls(evaluator, keys, Encryptor(program.spec, secret), Decryptor(program.spec, secret))

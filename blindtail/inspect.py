@@ -87,8 +87,18 @@ def describe_edge(bundle: EdgeBundle) -> dict[str, Any]:
             for e in bundle.exits
         ],
         "metrics": dict(bundle.metrics),
-        "cuts": {str(cut): describe_spec(spec) for cut, spec in sorted(bundle.cuts.items())},
+        "cuts": {
+            str(cut): {**describe_spec(spec), **_stated_seconds(bundle, cut)}
+            for cut, spec in sorted(bundle.cuts.items())
+        },
     }
+
+
+def _stated_seconds(bundle: EdgeBundle, cut: int) -> dict[str, Any]:
+    """What the compiler predicted: an edge.bt has no operations to predict from."""
+    stated = bundle.metrics.get("predicted_eval_s")
+    seconds = stated.get(str(cut)) if isinstance(stated, dict) else None
+    return {} if seconds is None else {"predicted_s": float(seconds), "predicted_for": PREDICT_FOR}
 
 
 def describe_cloud(bundle: CloudBundle) -> dict[str, Any]:
@@ -110,7 +120,8 @@ def describe_spec(spec: TailSpec) -> dict[str, Any]:
         "lanes": spec.lanes,
         "ring_degree": spec.parameters.ring_degree,
         "log2_key_modulus": round(spec.parameters.log2_key_modulus, 2),
-        "levels": spec.input_level,
+        "levels": len(spec.parameters.primes),
+        "depth": spec.input_level,
         "evaluation_keys": len(spec.keys),
         "rotation_keys": rotations,
         "key_bytes": spec.key_bytes,
@@ -123,7 +134,6 @@ def describe_spec(spec: TailSpec) -> dict[str, Any]:
 def describe_program(program: Program) -> dict[str, Any]:
     return {
         **describe_spec(program.spec),
-        "depth": program.depth,
         "rotations": list(program.rotations),
         "predicted_s": program.predicted_s(PREDICT_FOR),
         "predicted_for": PREDICT_FOR,
@@ -186,20 +196,17 @@ def _tail_table(cut: str, tail: Mapping[str, Any]) -> RenderableType:
         ("images per ciphertext", f"{tail['lanes']}"),
         ("ring degree N", f"{tail['ring_degree']:,}"),
         ("log2 of the key modulus (128-bit security)", f"{tail['log2_key_modulus']:.1f}"),
-        ("levels", f"{tail['levels']}"),
-        ("evaluation keys (of them for rotations)", f"{tail['evaluation_keys']} ({tail['rotation_keys']})"),
+        ("levels (data primes)", f"{tail['levels']}"),
+        ("depth (levels consumed)", f"{tail['depth']}"),
+        ("rotations (keys)", f"{tail['rotation_keys']} ({tail['evaluation_keys']})"),
         ("keys, uploaded once", f"{tail['key_bytes']:,} bytes"),
         ("uplink per request", f"{tail['uplink_bytes']:,} bytes"),
         ("reply per request", f"{tail['reply_bytes']:,} bytes"),
         ("predicted error of a logit (std)", f"{tail['predicted_noise']:.2g}"),
         ("program", tail["program_id"][:16]),
     ]
-    if "depth" in tail:
-        rows[5:5] = [
-            ("depth", f"{tail['depth']}"),
-            ("rotations", f"{len(tail['rotations'])}"),
-            (f"predicted seconds ({tail['predicted_for']})", f"{tail['predicted_s']:.3f}"),
-        ]
+    if "predicted_s" in tail:
+        rows[6:6] = [(f"predicted seconds ({tail['predicted_for']})", f"{tail['predicted_s']:.3f}")]
     for what, value in rows:
         table.add_row(what, value)
     return table

@@ -44,7 +44,7 @@ def test_inspect_says_what_it_costs(run: Run) -> None:
     bundle = EdgeBundle.open(EDGE)
     for name in ("uplink_bytes", "reply_bytes", "key_bytes", "program_id"):
         assert spec[name] == program[name] == getattr(bundle.cuts[int(cut)], name)
-    assert program["depth"] == spec["levels"] == len(program["operations"])
+    assert program["depth"] == spec["depth"] == len(program["operations"]) == spec["levels"] - 1
     assert program["predicted_s"] == pytest.approx(
         sum(o["predicted_s"] for o in program["operations"]), rel=0.5
     )
