@@ -15,10 +15,12 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from blindtail.config import read_toml, unknown_setting
 from blindtail.errors import BlindtailError, BundleError, ConfigError, DataError, InputError
 
 COMMAND_GROUP = "blindtail.commands"
@@ -61,6 +63,7 @@ def _show_version(asked: bool) -> None:
 
 
 def _root(
+    ctx: typer.Context,
     show_version: Annotated[
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave."),
@@ -68,9 +71,42 @@ def _root(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show tracebacks of errors; give it before the command.")
     ] = False,
+    settings: Annotated[
+        Path | None,
+        typer.Option(
+            "--settings",
+            help="TOML with a table for each command, [train] epochs = 8; flags win. Before the command.",
+        ),
+    ] = None,
 ) -> None:
     if debug:
         os.environ["BLINDTAIL_DEBUG"] = "1"  # child processes show theirs too
+    if settings is not None:
+        ctx.default_map = _defaults(settings, ctx.command)
+
+
+def _defaults(path: Path, group: Any) -> dict[str, dict[str, Any]]:
+    """Command -> parameter -> value, names checked. Raises `ConfigError`."""
+    found: dict[str, dict[str, Any]] = {}
+    source = str(path)
+    for command, table in read_toml(path).items():
+        if command not in group.commands:
+            raise ConfigError(unknown_setting(command, command, list(group.commands), "", source))
+        if not isinstance(table, dict):
+            raise ConfigError(f"{source}: {command} must be a table: write [{command}] above its settings")
+        known = {
+            option.lstrip("-").replace("-", "_"): parameter.name or ""
+            for parameter in group.commands[command].params
+            if parameter.param_type_name == "option" and "--help" not in parameter.opts
+            for option in parameter.opts
+            if option.startswith("--")
+        }
+        for name in table:
+            if name not in known:
+                full = f"{command}.{name}"
+                raise ConfigError(unknown_setting(full, name, list(known), f"{command}.", source))
+        found[command] = {known[name]: value for name, value in table.items()}
+    return found
 
 
 def build_app() -> typer.Typer:

@@ -48,7 +48,7 @@ def load_config(cls: type[T], path: Path | None, overrides: Mapping[str, Any] | 
     source = "the command line"
     if path is not None:
         source = str(path)
-        table = _read(path)
+        table = read_toml(path)
         _rebase(cls, table, path.resolve().parent)
     for name, value in (overrides or {}).items():
         if value is not None:
@@ -56,7 +56,8 @@ def load_config(cls: type[T], path: Path | None, overrides: Mapping[str, Any] | 
     return _build(cls, table, where="", source=source)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises `ConfigError` naming it."""
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError(
@@ -111,7 +112,7 @@ def _build(cls: type[T], table: Mapping[str, Any], where: str, source: str) -> T
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for name in table:
         if name not in fields:
-            raise ConfigError(_unknown(where + str(name), str(name), list(fields), where, source))
+            raise ConfigError(unknown_setting(where + str(name), str(name), list(fields), where, source))
     values: dict[str, Any] = {}
     for name, value in table.items():
         values[name] = _convert(hints[name], value, where + name, source)
@@ -133,7 +134,8 @@ def _build(cls: type[T], table: Mapping[str, Any], where: str, source: str) -> T
         raise ConfigError(f"{source}: {where.rstrip('.') or cls.__name__}: {error}") from error
 
 
-def _unknown(full: str, name: str, known: list[str], where: str, source: str) -> str:
+def unknown_setting(full: str, name: str, known: list[str], where: str, source: str) -> str:
+    """The message for a name that is not among `known`, with the closest one."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = (
         f"did you mean {where + close[0]!r}?"

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
+from typing import Annotated
 
 import pytest
 import typer
@@ -130,3 +132,34 @@ def test_starting_is_cheap() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_settings_of_any_command_come_from_toml_and_flags_win(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def work(images: Annotated[int, typer.Option("--images")] = 1, as_json: bool = False) -> None:
+        print(images)
+
+    _with_command(monkeypatch, work)
+    settings = tmp_path / "all.toml"
+    settings.write_text("[work]\nimages = 7\n")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            cli.main(["--settings", str(settings), "work", *arguments])
+        captured = capsys.readouterr()
+        return left.value.code or 0, captured.out.strip(), captured.err.strip()  # type: ignore[return-value]
+
+    assert run() == (0, "7", "")
+    assert run("--images", "9") == (0, "9", "")
+    for text, says in {
+        "[work]\nimage = 7": "unknown setting 'work.image'; did you mean 'work.images'?",
+        "[wrok]\nimages = 7": "unknown setting 'wrok'; did you mean 'work'?",
+        "work = 3": "write [work] above its settings",
+        "[work]\nimages = 'many'": "valid integer",
+        "[work": "not valid TOML",
+    }.items():
+        settings.write_text(text)
+        code, out, err = run()
+        assert (code, out) == (2, "")
+        assert says in err
