@@ -25,7 +25,7 @@ SOURCES = (
 def rows(args: argparse.Namespace) -> list[Row]:
     scale = 10 if args.quick else 1
     pair = ModelPair.open(ZOO / "fashion" / "edge.bt", ZOO / "fashion" / "cloud.bt")
-    spec = pair.spec
+
     made: list[Row] = []
     for what, count in (("real ciphertexts", 1000 // scale), ("simulated noise", 10_000 // scale)):
         pixels, _ = read_images(pair, "fashion", "test", count)
@@ -52,7 +52,7 @@ def rows(args: argparse.Namespace) -> list[Row]:
             ),
             row(
                 f"{what}: largest error of a logit over its bound",
-                float((error / spec.error_bounds()).max()),
+                float((error / pair.program.error_bounds()).max()),
                 "1",
                 target=1.0,
                 n=count,

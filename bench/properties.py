@@ -71,7 +71,7 @@ def _encrypted(program: Program, x: FloatArray, want: FloatArray) -> FloatArray:
         part = slice(start, start + spec.lanes)
         request = client.encryptor.encrypt(x[part])
         got = client.decryptor.decrypt(client.evaluator.evaluate(client.keys, request))
-        found.append((np.abs(np.atleast_2d(got) - want[part]) / spec.error_bounds()).ravel())
+        found.append((np.abs(np.atleast_2d(got) - want[part]) / program.error_bounds()).ravel())
     return np.concatenate(found)
 
 

@@ -97,7 +97,7 @@ class ClearOperations:
 
 
 def _same(ct: ClearCiphertext, level: int, scale: float) -> None:
-    if ct.level != level or abs(ct.scale / scale - 1) > 1e-9:
+    if (ct.level, ct.scale) != (level, scale):  # to the last bit, as SEAL wants it
         raise ContainerError("operands differ in level or scale: the program is inconsistent")
 
 

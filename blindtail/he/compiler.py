@@ -20,7 +20,7 @@ from blindtail.errors import ModelError
 from blindtail.he import cost, noise, slotmaps
 from blindtail.he.layers import Affine, FloatArray, Layer, evaluate_clear, squares_only
 from blindtail.he.params import Parameters
-from blindtail.he.program import MapOp, Op, Program, SquareOp, finish
+from blindtail.he.program import MapOp, Op, Program, SquareOp, finish, landing_scale
 from blindtail.he.spec import Layout, ReplyForm, TailSpec
 
 #: Smallest period of a reply: 2 * 16 coefficients of c0 travel.
@@ -107,7 +107,7 @@ def _compile(maps: Sequence[Affine], x: FloatArray, lanes: int, parameters: Para
         input_scale=scales[0],
         keys=(),
         output_layout=arrangements[-1].out_layout,
-        reply=ReplyForm(period, dropped, scales[-1]),
+        reply=ReplyForm(period, dropped, ops[-1].out_scale),
         predicted_noise=math.sqrt(left.typical + cut) / scales[-1],
         predicted_worst_noise=math.sqrt(left.worst + cut) / scales[-1],
         input_bound=float(np.abs(x).max()),
@@ -245,8 +245,9 @@ def _build(
     ops: list[Op] = []
     layout, scale, level = first, scales[0], parameters.max_level
     for index, (step, how, target) in enumerate(zip(maps, arrangements, scales[1:], strict=True)):
-        ops.append(_map_op(step, how, layout, level, scale, target))
-        layout, scale, level = how.out_layout, target, level - 1
+        landed = landing_scale(scale, target, parameters.primes[level])
+        ops.append(_map_op(step, how, layout, level, scale, landed))
+        layout, scale, level = how.out_layout, landed, level - 1
         if index < len(maps) - 1:
             squared = scale * scale / parameters.primes[level]
             ops.append(SquareOp(f"square{index}", level, layout, scale, squared))
@@ -310,11 +311,15 @@ class _Noise:
     """Slot variances in the logits, copies averaged, in units of the final scale."""
 
     typical: float
-    worst: float  # in the slot that `noise.keyswitch_peak` hits
+    worst: float  # in the slots that `noise.keyswitch_peak` hits
 
 
 def _propagate(stats: Sequence[_Stats], scales: Sequence[float], parameters: Parameters) -> _Noise:
-    """Follow the noise through the program; `peak` is one slot's excess, which sums do not average."""
+    """Follow the noise through the program.
+
+    `peak` is a slot's excess (`noise.keyswitch_peak`), which sums do not average:
+    of the slots hit in the last map, before that of all hit slots together.
+    """
     level, scale = parameters.max_level, scales[0]
     variance, peak = noise.fresh(parameters), 0.0
     for index, (target, s) in enumerate(zip(scales[1:], stats, strict=True)):
@@ -324,10 +329,11 @@ def _propagate(stats: Sequence[_Stats], scales: Sequence[float], parameters: Par
         variance = (variance + (switch if s.baby_turns else 0.0)) * s.power * plain**2
         variance += s.products * noise.encoding(parameters) * (scale * s.rms_in) ** 2
         variance += s.giant_turns * switch
-        # An input element's excess reaches each output through one weight; a rotated
-        # copy's own through whatever multipliers its slot meets.
-        peak = peak * s.weight_power * plain**2
-        peak += (excess * s.power * plain**2 if s.baby_turns else 0.0) + s.giant_turns * excess
+        # An input element's excess reaches every output through one weight each; a
+        # rotated copy's own stays in the slots that it hits, one per giant step.
+        variance += peak * s.weight_power * plain**2
+        hits = s.giant_turns + 1
+        peak = excess * (s.power * plain**2 * (s.baby_turns > 0) / hits + (s.giant_turns > 0))
         level -= 1
         variance, peak = variance / q**2 + noise.rounding(parameters), peak / q**2
         switch, excess = noise.keyswitch(parameters, level), noise.keyswitch_peak(parameters, level)
@@ -340,6 +346,7 @@ def _propagate(stats: Sequence[_Stats], scales: Sequence[float], parameters: Par
             variance = (variance * 4.0**s.folds + switch * sum(later) + noise.encoding(parameters)) / s.copies
             peak = (peak * 4.0**s.folds + excess * sum(later)) / s.copies**2
             return _Noise(variance, variance + peak)
+        peak *= hits
         for _ in range(s.folds):
             variance, peak = 2 * variance + switch, peak + excess
         variance += noise.encoding(parameters)

@@ -12,7 +12,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+from numpy.typing import NDArray
+
 from blindtail.he.params import ERROR_STD, Parameters
+
+FloatArray = NDArray[np.float64]
 
 _SECRET_VARIANCE = 2 / 3
 
@@ -56,6 +61,20 @@ def keyswitch_peak(parameters: Parameters, level: int) -> float:
     n, p = parameters.ring_degree, parameters.special
     digits = sum(float(n) ** 3 * (q * q) * ERROR_STD**2 / math.pi**2 for q in parameters.primes[: level + 1])
     return digits / p**2 / 2
+
+
+def peak_shares(parameters: Parameters) -> FloatArray:
+    """By slot, the share of `keyswitch_peak` that it has; 1 in slot 0.
+
+    Slot s lies at exp(i pi e / N), e = 3^s mod 2N, where 1 + X + ... + X^(N-1) is
+    as large as 1 / sin(pi e / 2N).
+    """
+    n = parameters.ring_degree
+    exponent = np.ones(n // 2, np.int64)
+    for s in range(1, n // 2):
+        exponent[s] = exponent[s - 1] * 3 % (2 * n)
+    shares: FloatArray = (np.sin(np.pi / (2 * n)) / np.sin(np.pi * exponent / (2 * n))) ** 2
+    return shares
 
 
 def truncated(parameters: Parameters, dropped_bits: int) -> float:

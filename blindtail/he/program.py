@@ -18,6 +18,7 @@ for f in `folds`. Consumes one level; so does a square.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blindtail.errors import BundleError, ModelError
-from blindtail.he import cost
+from blindtail.he import cost, noise
 from blindtail.he.layers import FloatArray
 from blindtail.he.params import Parameters
 from blindtail.he.spec import (
@@ -68,8 +69,19 @@ class MapOp:
         return -(-self.offsets // self.baby)
 
     def plain_scale(self, parameters: Parameters) -> float:
-        """target * q_level / current: the product, rescaled, lands on `out_scale` exactly."""
-        return self.out_scale * parameters.primes[self.level] / self.in_scale
+        """target * q_level / current: the product, rescaled, lands on `out_scale` to the last bit.
+
+        SEAL refuses to add operands whose scales differ in one. Raises `ModelError`
+        when no such scale exists; `landing_scale` makes one that does.
+        """
+        q = parameters.primes[self.level]
+        below = above = self.out_scale * q / self.in_scale
+        for _ in range(8):
+            for candidate in (below, above):
+                if self.in_scale * candidate / q == self.out_scale:
+                    return candidate
+            below, above = math.nextafter(below, 0.0), math.nextafter(above, math.inf)
+        raise ModelError(f"{self.name}: no plaintext scale leads to its output scale")
 
     @cached_property
     def diagonals(self) -> dict[int, FloatArray]:
@@ -133,6 +145,11 @@ class SquareOp:
     layout: Layout
     in_scale: float
     out_scale: float
+
+
+def landing_scale(in_scale: float, target: float, q: int) -> float:
+    """The scale next to `target` that a product with a plaintext, rescaled by q, can land on."""
+    return in_scale * (target * q / in_scale) / q
 
 
 Op = MapOp | SquareOp
@@ -209,6 +226,21 @@ class Program:
         """Server seconds of one evaluation on the reference core, from operation counts."""
         return cost.seconds(backend, self.spec, [cost.count(op) for op in self.ops])
 
+    def error_bounds(self) -> FloatArray:
+        """Bounds on the logits' errors, (lanes, outputs): 6 standard deviations each.
+
+        The excess of key switching (`noise.keyswitch_peak`) sits where the giant
+        steps of the last map turn it.
+        """
+        spec, lanes, last = self.spec, self.spec.lanes, self.ops[-1]
+        assert isinstance(last, MapOp)
+        unturned = noise.peak_shares(spec.parameters)
+        turned = [np.roll(unturned, -giant * last.baby * lanes) for giant in range(last.giant)]
+        share = np.sum(turned, axis=0).reshape(-1, spec.reply.period).sum(axis=0)  # over averaged copies
+        excess = spec.predicted_worst_noise**2 - spec.predicted_noise**2
+        bounds: FloatArray = 6.0 * np.sqrt(spec.predicted_noise**2 + excess * share)
+        return bounds[: spec.outputs * lanes].reshape(spec.outputs, lanes).T
+
     def op_summary(self) -> list[dict[str, Any]]:
         """One row per operation, for people: levels, rotations, products, predicted seconds."""
         rows = []
@@ -270,6 +302,7 @@ def finish(ops: tuple[Op, ...], draft: TailSpec) -> TailSpec:
             raise ModelError(f"{op.name}: its level, scale or layout does not follow from what comes before")
         if isinstance(op, MapOp):
             _check_map(op)
+            op.plain_scale(parameters)
             layout = op.out_layout
         elif op.out_scale != op.in_scale * op.in_scale / parameters.primes[op.level]:
             raise ModelError(f"{op.name}: a square's scale is the input's, squared and rescaled")

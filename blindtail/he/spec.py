@@ -166,22 +166,6 @@ class TailSpec:
     def lanes(self) -> int:
         return self.input_layout.lanes
 
-    def error_bounds(self) -> FloatArray:
-        """Bounds on the logits' errors, (lanes, outputs): 6 standard deviations each.
-
-        Slot s lies at the root of unity exp(i pi e / N), e = 3^s mod 2N, where the
-        excess of `blindtail.he.noise.keyswitch_peak` falls as 1 / sin^2(pi e / 2N).
-        """
-        n, period = self.parameters.ring_degree, self.reply.period
-        exponent = np.ones(n // 2, np.int64)
-        for s in range(1, n // 2):
-            exponent[s] = exponent[s - 1] * 3 % (2 * n)
-        share = (np.sin(np.pi / (2 * n)) / np.sin(np.pi * exponent / (2 * n))) ** 2
-        share = share.reshape(-1, period).sum(axis=0)  # over the copies that are averaged
-        excess = self.predicted_worst_noise**2 - self.predicted_noise**2
-        bounds: FloatArray = 6.0 * np.sqrt(self.predicted_noise**2 + excess * share)
-        return bounds[: self.outputs * self.lanes].reshape(self.outputs, self.lanes).T
-
     @property
     def uplink_bytes(self) -> int:
         """Bytes of one encrypted activation's container."""

@@ -76,7 +76,7 @@ def test_encrypted_logits_are_the_clear_ones_within_a_tight_bound(bench: Bench) 
         x, want = bench.batch(seed)
         got = bench.decryptor.decrypt(bench.evaluator.evaluate(bench.keys, bench.encryptor.encrypt(x)))
         assert got.shape == want.shape
-        ratios.append(np.abs(got - want).ravel() / bench.evaluator.spec.error_bounds().ravel())
+        ratios.append(np.abs(got - want).ravel() / bench.evaluator.program.error_bounds().ravel())
     of_bound = np.concatenate(ratios)
     if bench.evaluator.name == "clear":
         assert of_bound.max() < 1e-6

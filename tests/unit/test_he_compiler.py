@@ -19,7 +19,7 @@ from blindtail.he import slotmaps
 from blindtail.he.clear import ClearEvaluator
 from blindtail.he.compiler import compile_tail
 from blindtail.he.layers import Affine, Quadratic, evaluate_clear, squares_only
-from blindtail.he.program import MapOp, Program
+from blindtail.he.program import MapOp, Program, landing_scale
 from blindtail.he.spec import TailSpec
 from tests.he_cases import CASES, Case, activations, clear_logits, layers, program, rewritten_logits
 
@@ -116,6 +116,26 @@ def test_networks_that_cannot_run_are_refused_by_name() -> None:
     deep = _net()[:2] * 20 + _net()[2:]
     with pytest.raises(ModelError, match="cut the network later"):
         compile_tail(deep, x)
+
+
+def test_scales_land_to_the_last_bit() -> None:
+    """SEAL refuses to add operands whose scales differ in the last bit; so does `clear`."""
+    rng = np.random.default_rng(0)
+    missed = 0
+    for _ in range(2000):
+        current, target = 2.0 ** rng.uniform(20, 40, 2)
+        q = 1073643521
+        missed += current * (target * q / current) / q != target  # the control: rounding does miss
+        landed = landing_scale(current, target, q)
+        assert abs(landed / target - 1) < 1e-15
+        op = program(CASES[0]).ops[0]
+        assert isinstance(op, MapOp)
+        moved = replace(op, in_scale=current, out_scale=landed)
+        parameters = program(CASES[0]).spec.parameters
+        prime = parameters.primes[op.level]
+        again = replace(moved, out_scale=landing_scale(current, target, prime))
+        assert current * again.plain_scale(parameters) / prime == again.out_scale
+    assert missed > 0
 
 
 def test_the_program_id_depends_on_every_weight() -> None:
