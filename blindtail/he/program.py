@@ -227,8 +227,11 @@ class Program:
         return cost.seconds(backend, self.spec, [cost.count(op) for op in self.ops])
 
     def error_bounds(self) -> FloatArray:
-        """Bounds on the logits' errors, (lanes, outputs): 6 standard deviations each.
+        """Bounds on the logits' errors, (lanes, outputs), each exceeded once in millions.
 
+        A rounding error meets the secret: in one slot a product of two normal values,
+        whose tail falls like exp(-sqrt(2) k) and wants 12 standard deviations. The
+        average over c copies tends to normal, which wants 6: 6 (1 + 1 / sqrt(c)).
         The excess of key switching (`noise.keyswitch_peak`) sits where the giant
         steps of the last map turn it.
         """
@@ -238,7 +241,8 @@ class Program:
         turned = [np.roll(unturned, -giant * last.baby * lanes) for giant in range(last.giant)]
         share = np.sum(turned, axis=0).reshape(-1, spec.reply.period).sum(axis=0)  # over averaged copies
         excess = spec.predicted_worst_noise**2 - spec.predicted_noise**2
-        bounds: FloatArray = 6.0 * np.sqrt(spec.predicted_noise**2 + excess * share)
+        sigmas = 6.0 * (1 + math.sqrt(spec.reply.period / spec.parameters.slots))
+        bounds: FloatArray = sigmas * np.sqrt(spec.predicted_noise**2 + excess * share)
         return bounds[: spec.outputs * lanes].reshape(spec.outputs, lanes).T
 
     def op_summary(self) -> list[dict[str, Any]]:
