@@ -70,6 +70,8 @@ class KeyProcess:
             process.stdout.close()
             with contextlib.suppress(OSError):
                 process.stdin.close()
+        if self._closed:  # also when the last event came in before the end did
+            raise TailUnavailable("this runtime is closed")
         if last.get("event") == "failed":
             raise _raised(last)
         if last.get("event") != "done":
