@@ -130,11 +130,10 @@ def test_scales_land_to_the_last_bit() -> None:
         assert abs(landed / target - 1) < 1e-15
         op = program(CASES[0]).ops[0]
         assert isinstance(op, MapOp)
-        moved = replace(op, in_scale=current, out_scale=landed)
         parameters = program(CASES[0]).spec.parameters
         prime = parameters.primes[op.level]
-        again = replace(moved, out_scale=landing_scale(current, target, prime))
-        assert current * again.plain_scale(parameters) / prime == again.out_scale
+        moved = replace(op, in_scale=current, out_scale=landing_scale(current, target, prime))
+        assert current * moved.plain_scale(parameters) / prime == moved.out_scale
     assert missed > 0
 
 

@@ -1,0 +1,44 @@
+"""Why error bounds widen when few copies are averaged: a rounding error meets the secret.
+
+With one key, a slot's variance follows the secret's value at that slot, squared: an
+exponential, so the mean over c copies has a squared coefficient of variation of
+1 / c over the slots. If all slots were alike it would be 0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bench.tails import Client
+from tests.he_cases import Case, activations, program, rewritten_logits
+
+
+@pytest.mark.parametrize(
+    ("case", "copies", "low", "high"),
+    [(Case((80, 146, 226), lanes=8), 2, 0.35, 0.70), (Case((64, 32, 10), lanes=16), 16, 0.0, 0.25)],
+    ids=("two copies", "sixteen copies"),
+)
+def test_variance_differs_between_slots_as_the_secret_does(
+    case: Case, copies: int, low: float, high: float
+) -> None:
+    compiled = program(case)
+    assert compiled.spec.parameters.slots // compiled.spec.reply.period == copies
+    client, x, n = Client.of(compiled), activations(case, case.lanes), 40
+    want = rewritten_logits(case, x)
+    errors = np.array(
+        [
+            client.decryptor.decrypt(client.evaluator.evaluate(client.keys, client.encryptor.encrypt(x)))
+            - want
+            for _ in range(n)
+        ]
+    ).reshape(n, -1)
+    # The first slots carry the key switching's excess besides: another effect, bounded apart.
+    bounds = compiled.error_bounds().ravel()
+    errors = errors[:, bounds < 1.05 * bounds.min()]
+    variance = errors.var(axis=0, ddof=1)
+    spread = variance.var() / variance.mean() ** 2
+    sampling = 2 / (n - 1)  # of a normal sample's variance
+    assert low <= (spread - sampling) / (1 + sampling) <= high
+    within = (errors - errors.mean(axis=0)) / errors.std(axis=0, ddof=1)
+    assert 2.6 < (within**4).mean() / (within**2).mean() ** 2 < 3.2  # one slot's errors are normal
