@@ -11,7 +11,7 @@ import numpy as np
 
 from bench.rows import Row, row
 from blindtail.he.clear import ClearEvaluator
-from edge.demo import ZOO
+from blindtail.models.zoo import bundle_paths
 from edge.pair import ModelPair
 from edge.verify import evaluate_encrypted, read_images
 
@@ -24,8 +24,7 @@ SOURCES = (
 
 def rows(args: argparse.Namespace) -> list[Row]:
     scale = 10 if args.quick else 1
-    pair = ModelPair.open(ZOO / "fashion" / "edge.bt", ZOO / "fashion" / "cloud.bt")
-
+    pair = ModelPair.open(*bundle_paths("fashion"))
     made: list[Row] = []
     for what, count in (("real ciphertexts", 1000 // scale), ("simulated noise", 10_000 // scale)):
         pixels, _ = read_images(pair, "fashion", "test", count)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from blindtail.bundle import CloudBundle, EdgeBundle
 from blindtail.errors import BundleError, InputError
+from blindtail.he.compatible import differences, serving_as
 from blindtail.he.program import MapOp, Program
 from blindtail.he.spec import TailSpec
 from edge.executor import HeadExecutor, softmax
@@ -45,21 +46,30 @@ class ModelPair:
 
     @classmethod
     def open(cls, edge_bt: Path, cloud_bt: Path, cut: int | None = None) -> ModelPair:
-        """`cut`: stage index, default the last cut. Raises `BundleError` when the files do not fit."""
+        """`cut`: stage index, default the last cut. Raises `BundleError` when the files do not fit.
+
+        A cloud.bt of a later version fits when it was compiled for this edge.bt.
+        """
         edge, cloud = EdgeBundle.open(edge_bt), CloudBundle.open(cloud_bt)
-        if (edge.model, edge.version) != (cloud.model, cloud.version):
+        if edge.model != cloud.model:
             raise BundleError(
-                f"{edge_bt} is model {edge.model} version {edge.version}, {cloud_bt} is model {cloud.model} "
-                f"version {cloud.version}: use the two files that were written together"
+                f"{edge_bt} is model {edge.model}, {cloud_bt} is model {cloud.model}: use files of one model"
             )
         if not edge.cuts:
             raise BundleError(f"{edge_bt} allows no cut: there is no encrypted tail to compare")
         cut = max(edge.cuts) if cut is None else cut
         if cut not in edge.cuts or cut not in cloud.programs:
             raise InputError(f"model {edge.model} has no cut {cut}; it has {sorted(edge.cuts)}")
-        if edge.cuts[cut].program_id != cloud.programs[cut].spec.program_id:
+        ours = cloud.programs[cut].spec
+        same_version = edge.version == cloud.version
+        if same_version and ours.program_id != edge.cuts[cut].program_id:
             raise BundleError(
                 f"{edge_bt} and {cloud_bt} hold different tails under one version: build both files again"
+            )
+        if differences(ours, edge.cuts[cut]):
+            raise BundleError(
+                f"{edge_bt} is version {edge.version}, {cloud_bt} is version {cloud.version}, and neither "
+                "was made for the other: use two files that were written together"
             )
         return cls(edge, cloud, cut)
 
@@ -69,7 +79,8 @@ class ModelPair:
 
     @property
     def program(self) -> Program:
-        return self.cloud.programs[self.cut]
+        """The tail, under the id that this edge.bt knows."""
+        return serving_as(self.cloud.programs[self.cut], self.spec)
 
     def run_head(
         self, pixels: NDArray[Any], progress: Callable[[int], None] = lambda done: None

@@ -12,26 +12,25 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from blindtail.errors import ModelError
 from blindtail.he import cost, noise, slotmaps
+from blindtail.he.compatible import differences
 from blindtail.he.layers import Affine, FloatArray, Layer, evaluate_clear, squares_only
 from blindtail.he.params import Parameters
 from blindtail.he.program import MapOp, Op, Program, SquareOp, finish, landing_scale
+from blindtail.he.scales import HEADROOM, Stats, choose_scales, propagate
 from blindtail.he.spec import Layout, ReplyForm, TailSpec
 
 #: Smallest period of a reply: 2 * 16 coefficients of c0 travel.
 REPLY_PERIOD = 16
-#: q / HEADROOM bounds |value| * scale; half of q is the wrap.
-HEADROOM = 4.0
 #: A reply may lose low bits of c1 as long as the error they cause stays below the
 #: noise, or below this share of the largest logit (one standard deviation).
 REPLY_PRECISION = 2.0**-15
 _SAMPLES = 64
-_LOG_SCALES = [x / 2 for x in range(36, 81)]
 
 
 def compile_tail(
@@ -40,6 +39,7 @@ def compile_tail(
     *,
     lanes: int = 1,
     ring_degree: int | None = None,
+    like: TailSpec | None = None,
 ) -> Program:
     """Compile alternating affine maps and quadratics into an encrypted program.
 
@@ -47,12 +47,17 @@ def compile_tail(
                  and weigh the noise; take them from training or validation data
     lanes        independent images per ciphertext, a power of two
     ring_degree  N; without it the smallest ring that is 128-bit secure and wide enough
+    like         the tail that devices hold: the new program takes its place (`he.compatible`);
+                 lanes and ring are then its own. Its layers must have the same sizes, and its
+                 logits may be up to a quarter larger than those `like` was compiled for.
 
     Levels consumed: one a map, one a square. Raises `ModelError` with the
     layer's name and the way out.
     """
     maps = squares_only(layers)
     x = _checked(calibration, maps[0].weight.shape[1])
+    if like is not None:
+        return _checked_like(_compile(maps, x, like.lanes, like.parameters, like), like)
     if lanes < 1 or lanes & (lanes - 1):
         raise ModelError(f"lanes must be a power of two, not {lanes}")
     levels = 2 * len(maps) - 1
@@ -86,12 +91,29 @@ def _checked(calibration: FloatArray, features: int) -> FloatArray:
     return x
 
 
-def _compile(maps: Sequence[Affine], x: FloatArray, lanes: int, parameters: Parameters) -> Program:
+def _checked_like(program: Program, like: TailSpec) -> Program:
+    differing = differences(program.spec, like)
+    if differing:
+        raise ModelError(
+            f"this tail cannot take the place of the one that devices hold: it differs in "
+            f"{', '.join(differing)}; keep the sizes of its layers, or hand out a new edge.bt"
+        )
+    return program
+
+
+def _compile(
+    maps: Sequence[Affine], x: FloatArray, lanes: int, parameters: Parameters, like: TailSpec | None = None
+) -> Program:
+    if like is not None and parameters.max_level != 2 * len(maps) - 1:
+        raise ModelError(
+            f"the tail consumes {2 * len(maps) - 1} levels, the one that devices hold "
+            f"{parameters.max_level}: keep the number of its layers, or hand out a new edge.bt"
+        )
     arrangements, first = _arrange(maps, lanes, parameters)
     stats = _statistics(maps, arrangements, first, x, lanes)
-    scales = _choose_scales(maps, arrangements, stats, parameters, lanes)
-    ops = _build(maps, arrangements, first, scales, parameters)
-    left = _propagate(stats, scales, parameters)
+    scales = choose_scales(maps, stats, parameters, like)
+    ops = _build(maps, arrangements, first, scales, parameters, like)
+    left = propagate(stats, scales, parameters)
     last = arrangements[-1].period
     period = last * lanes
     # Of a reply's noise, only that of the 2 * period coefficients that are read remains.
@@ -99,6 +121,8 @@ def _compile(maps: Sequence[Affine], x: FloatArray, lanes: int, parameters: Para
     dropped = 0
     while period * noise.truncated(parameters, dropped + 1) <= accepted and dropped < 16:
         dropped += 1
+    if like is not None:
+        dropped = like.reply.c1_dropped_bits
     cut = period * noise.truncated(parameters, dropped)
     draft = TailSpec(
         parameters=parameters,
@@ -152,30 +176,14 @@ def _transforms(a: slotmaps.Arrangement, level: int) -> int:
     return turns * cost.keyswitch_transforms(level) + len(a.folds) * cost.keyswitch_transforms(level - 1)
 
 
-@dataclass(frozen=True)
-class _Stats:
-    """What calibration says of one map: its input, its multipliers, its output."""
-
-    rms_in: float  # over slots
-    power: float  # mean over slots of the sum of squared multipliers
-    weight_power: float  # mean squared weight
-    products: int
-    baby_turns: int
-    giant_turns: int
-    folds: int
-    copies: int  # positions that hold the same output
-    max_out: float  # over slots, undefined ones too
-    rms_out: float
-
-
 def _statistics(
     maps: Sequence[Affine],
     arrangements: Sequence[slotmaps.Arrangement],
     first: Layout,
     x: FloatArray,
     lanes: int,
-) -> list[_Stats]:
-    found: list[_Stats] = []
+) -> list[Stats]:
+    found: list[Stats] = []
     values = x
     layout = first
     pick = x[:: max(1, len(x) // _SAMPLES)][:_SAMPLES]
@@ -192,7 +200,7 @@ def _statistics(
         values = step(values)
         steps = {divmod(k, op.baby) for k in diagonals}
         found.append(
-            _Stats(
+            Stats(
                 rms_in=float(np.sqrt((slots**2).mean())),
                 power=float(sum((m**2).mean() for m in diagonals.values())),
                 weight_power=float((step.weight**2).mean()),
@@ -241,11 +249,14 @@ def _build(
     first: Layout,
     scales: Sequence[float],
     parameters: Parameters,
+    like: TailSpec | None = None,
 ) -> tuple[Op, ...]:
     ops: list[Op] = []
     layout, scale, level = first, scales[0], parameters.max_level
     for index, (step, how, target) in enumerate(zip(maps, arrangements, scales[1:], strict=True)):
         landed = landing_scale(scale, target, parameters.primes[level])
+        if like is not None and index == len(maps) - 1:
+            landed = like.reply.scale
         ops.append(_map_op(step, how, layout, level, scale, landed))
         layout, scale, level = how.out_layout, landed, level - 1
         if index < len(maps) - 1:
@@ -253,110 +264,6 @@ def _build(
             ops.append(SquareOp(f"square{index}", level, layout, scale, squared))
             scale, level = squared, level - 1
     return tuple(ops)
-
-
-def _choose_scales(
-    maps: Sequence[Affine],
-    arrangements: Sequence[slotmaps.Arrangement],
-    stats: Sequence[_Stats],
-    parameters: Parameters,
-    lanes: int,
-) -> list[float]:
-    """[input scale, scale after each map]: coordinate descent on the predicted output noise."""
-    final = parameters.primes[0] / (HEADROOM * max(stats[-1].max_out, 1e-12))
-    scales = [2.0**30] * len(maps) + [final]
-    for _ in range(3):
-        for i in range(len(maps)):
-            best = (math.inf, scales[i])
-            for log_scale in _LOG_SCALES:
-                trial = [*scales[:i], 2.0**log_scale, *scales[i + 1 :]]
-                if _fits(trial, stats, parameters):
-                    best = min(best, (_propagate(stats, trial, parameters).typical, trial[i]))
-            if math.isinf(best[0]):
-                continue
-            scales[i] = best[1]
-    if not _fits(scales, stats, parameters):
-        worst = max(range(len(maps)), key=lambda i: stats[i].max_out)
-        raise ModelError(
-            f"{maps[worst].name}: values reach {stats[worst].max_out:.3g} on calibration data, too large for "
-            "the modulus; add a range penalty in training, or normalise before the activation"
-        )
-    return [float(s) for s in scales]
-
-
-def _fits(scales: Sequence[float], stats: Sequence[_Stats], parameters: Parameters) -> bool:
-    """|value| * scale < q / 4 before and after every rescale, and plaintexts worth encoding."""
-    level, scale = parameters.max_level, scales[0]
-    for index, (target, s) in enumerate(zip(scales[1:], stats, strict=True)):
-        plain = target * parameters.primes[level] / scale
-        if not 2.0**12 <= plain <= 2.0**50:
-            return False
-        level -= 1
-        modulus = math.prod(parameters.primes[: level + 1])
-        if s.max_out * target * HEADROOM > modulus * (1 + 1e-9):
-            return False
-        scale = target
-        if index < len(stats) - 1:
-            if s.max_out**2 * scale**2 * HEADROOM > modulus:
-                return False
-            scale = scale * scale / parameters.primes[level]
-            level -= 1
-            if scale < 2.0**16:
-                return False
-    return True
-
-
-@dataclass(frozen=True)
-class _Noise:
-    """Slot variances in the logits, copies averaged, in units of the final scale."""
-
-    typical: float
-    worst: float  # in the slots that `noise.keyswitch_peak` hits
-
-
-def _propagate(stats: Sequence[_Stats], scales: Sequence[float], parameters: Parameters) -> _Noise:
-    """Follow the noise through the program.
-
-    `peak` is a slot's excess (`noise.keyswitch_peak`), which sums do not average:
-    of the slots hit in the last map, before that of all hit slots together.
-    """
-    level, scale = parameters.max_level, scales[0]
-    variance, peak = noise.fresh(parameters), 0.0
-    for index, (target, s) in enumerate(zip(scales[1:], stats, strict=True)):
-        q = parameters.primes[level]
-        plain = target * q / scale
-        switch, excess = noise.keyswitch(parameters, level), noise.keyswitch_peak(parameters, level)
-        variance = (variance + (switch if s.baby_turns else 0.0)) * s.power * plain**2
-        variance += s.products * noise.encoding(parameters) * (scale * s.rms_in) ** 2
-        variance += s.giant_turns * switch
-        # An input element's excess reaches every output through one weight each; a
-        # rotated copy's own stays in the slots that it hits, one per giant step.
-        variance += peak * s.weight_power * plain**2
-        hits = s.giant_turns + 1
-        peak = excess * (s.power * plain**2 * (s.baby_turns > 0) / hits + (s.giant_turns > 0))
-        level -= 1
-        variance, peak = variance / q**2 + noise.rounding(parameters), peak / q**2
-        switch, excess = noise.keyswitch(parameters, level), noise.keyswitch_peak(parameters, level)
-        scale = target
-        if index == len(stats) - 1:
-            # Folding merges copies, noise and all: averaging them afterwards gains
-            # only on what was added since. A sum over 2^r merged copies, averaged
-            # over `copies`, keeps 4^r / copies of a slot's variance.
-            later = [4.0**left for left in range(s.folds)]
-            variance = (variance * 4.0**s.folds + switch * sum(later) + noise.encoding(parameters)) / s.copies
-            peak = (peak * 4.0**s.folds + excess * sum(later)) / s.copies**2
-            return _Noise(variance, variance + peak)
-        peak *= hits
-        for _ in range(s.folds):
-            variance, peak = 2 * variance + switch, peak + excess
-        variance += noise.encoding(parameters)
-        q = parameters.primes[level]
-        gain = 4 * (s.rms_out * scale) ** 2
-        variance = (gain * variance + 2 * variance**2 + switch) / q**2 + noise.rounding(parameters)
-        peak = (gain * peak + excess) / q**2
-        scale = scale * scale / q
-        level -= 1
-    raise AssertionError("a tail has at least one map")
 
 
 __all__ = ["HEADROOM", "REPLY_PERIOD", "compile_tail", "evaluate_clear"]

@@ -74,14 +74,10 @@ class MapOp:
         SEAL refuses to add operands whose scales differ in one. Raises `ModelError`
         when no such scale exists; `landing_scale` makes one that does.
         """
-        q = parameters.primes[self.level]
-        below = above = self.out_scale * q / self.in_scale
-        for _ in range(8):
-            for candidate in (below, above):
-                if self.in_scale * candidate / q == self.out_scale:
-                    return candidate
-            below, above = math.nextafter(below, 0.0), math.nextafter(above, math.inf)
-        raise ModelError(f"{self.name}: no plaintext scale leads to its output scale")
+        found = leading_scale(self.in_scale, self.out_scale, parameters.primes[self.level])
+        if found is None:
+            raise ModelError(f"{self.name}: no plaintext scale leads to its output scale")
+        return found
 
     @cached_property
     def diagonals(self) -> dict[int, FloatArray]:
@@ -145,6 +141,17 @@ class SquareOp:
     layout: Layout
     in_scale: float
     out_scale: float
+
+
+def leading_scale(in_scale: float, out_scale: float, q: int) -> float | None:
+    """The plaintext scale whose product with `in_scale`, rescaled by q, is `out_scale` to the last bit."""
+    below = above = out_scale * q / in_scale
+    for _ in range(8):
+        for candidate in (below, above):
+            if in_scale * candidate / q == out_scale:
+                return candidate
+        below, above = math.nextafter(below, 0.0), math.nextafter(above, math.inf)
+    return None
 
 
 def landing_scale(in_scale: float, target: float, q: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,15 @@ from blindtail.bundle import CloudBundle, EdgeBundle, content_version
 from blindtail.errors import ModelError
 from blindtail.he.compiler import compile_tail
 from blindtail.he.frontend import fold_tail
+from blindtail.he.layers import Affine, Layer
+from blindtail.he.program import Program
+from blindtail.he.scales import LogitsTooLarge
 from blindtail.he.spec import canonical_json
 from blindtail.models.export import export_head
 from blindtail.models.split import SplitModel
+
+#: Images on which a new model's head is compared with the one that devices hold.
+_COMPARED = 32
 
 
 @torch.no_grad()
@@ -52,19 +59,7 @@ def pack(
     Raises `ModelError` when a weight is not finite, when a tail cannot be folded
     or compiled, or when a layer has no ONNX form.
     """
-    for path, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{path} holds NaN or infinite weights: train again with a lower learning rate")
-    if not model.cuts:
-        raise ModelError(f"model {model.name!r} has no tail: give SplitModel one in `tails`")
-    if len(calibration_images) == 0:
-        raise ModelError("compiling a tail needs calibration images; some hundred are enough")
-    programs = {}
-    for cut in model.cuts:
-        layers = fold_tail(model.tails[str(cut)], model.stage_infos[cut].output_shape)
-        programs[cut] = compile_tail(layers, activations(model, calibration_images, cut), lanes=lanes)
-        if programs[cut].spec.features != math.prod(model.stage_infos[cut].output_shape):
-            raise ModelError(f"tail at cut {cut}: the compiled program takes another number of values")
+    programs = _compile_tails(model, calibration_images, lanes)
     onnx = export_head(model)
     fields: dict[str, Any] = {
         "model": model.name,
@@ -86,3 +81,101 @@ def pack(
         # Program ids cover the tails' weights, so this covers both files.
         version = content_version(canonical_json(draft.describe()), *(onnx[name] for name in sorted(onnx)))
     return EdgeBundle(version=version, **fields), CloudBundle(model.name, version, programs)
+
+
+def pack_tail(
+    model: SplitModel,
+    calibration_images: NDArray[Any],
+    like: EdgeBundle,
+    *,
+    version: str | None = None,
+    shrink: bool = False,
+) -> CloudBundle:
+    """New tails for devices that hold `like`: a cloud.bt that takes the place of its own.
+
+    No device is touched: head and exits must be the ones in `like` (compared by what
+    they compute on calibration images), and each tail is compiled to be told apart
+    from the old one by nothing but its answers (`blindtail.he.compatible`).
+
+    version  default: a short hash of the new programs
+    shrink   scale logits down where they are larger than devices read: no label
+             changes, but the tail's probabilities are less pronounced
+
+    Raises `ModelError` when the model is another, its head differs, or a tail
+    cannot take the old one's place.
+    """
+    if (model.name, tuple(model.class_names)) != (like.model, like.class_names):
+        raise ModelError(
+            f"devices hold model {like.model!r}, this is {model.name!r}, or its classes differ: "
+            "pack it as a model of its own"
+        )
+    if set(model.cuts) != set(like.cuts):
+        raise ModelError(
+            f"devices cut after stages {sorted(like.cuts)}, this model after {sorted(model.cuts)}"
+        )
+    programs = _compile_tails(model, calibration_images, like=like, shrink=shrink)
+    images = calibration_images[:_COMPARED]
+    for cut in model.cuts:
+        ours, theirs = activations(model, images, cut), held_activations(like, images, cut)
+        if not np.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(np.abs(theirs).max())):
+            raise ModelError(
+                f"the head differs from the one that devices hold (up to {np.abs(ours - theirs).max():.3g} "
+                f"at cut {cut}): keep its weights while the tail is trained, or hand out a new edge.bt"
+            )
+    if version is None:
+        version = content_version(*(p.spec.program_id.encode() for _, p in sorted(programs.items())))
+    return CloudBundle(like.model, version, programs)
+
+
+def held_activations(bundle: EdgeBundle, images: NDArray[Any], cut: int) -> NDArray[np.float64]:
+    """Raw images (n, C, H, W) -> activations (n, features) as devices that hold `bundle` compute them."""
+    import onnxruntime
+
+    sessions = [
+        onnxruntime.InferenceSession(bundle.onnx[f"stage{i}"], providers=["CPUExecutionProvider"])
+        for i in range(cut + 1)
+    ]
+    rows = []
+    for x in bundle.preprocessing.apply(images):
+        x = x[None]
+        for session in sessions:
+            (x,) = session.run(None, {session.get_inputs()[0].name: x})
+        rows.append(x.reshape(-1))
+    return np.stack(rows).astype(np.float64)
+
+
+def _compile_tails(
+    model: SplitModel,
+    calibration_images: NDArray[Any],
+    lanes: int = 1,
+    like: EdgeBundle | None = None,
+    shrink: bool = False,
+) -> dict[int, Program]:
+    for path, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"{path} holds NaN or infinite weights: train again with a lower learning rate")
+    if not model.cuts:
+        raise ModelError(f"model {model.name!r} has no tail: give SplitModel one in `tails`")
+    if len(calibration_images) == 0:
+        raise ModelError("compiling a tail needs calibration images; some hundred are enough")
+    programs = {}
+    for cut in model.cuts:
+        layers = fold_tail(model.tails[str(cut)], model.stage_infos[cut].output_shape)
+        held = None if like is None else like.cuts[cut]
+        values = activations(model, calibration_images, cut)
+        try:
+            programs[cut] = compile_tail(layers, values, lanes=lanes, like=held)
+        except LogitsTooLarge as error:
+            if not shrink:
+                raise
+            programs[cut] = compile_tail(_shrunk(layers, 0.999 * error.factor), values, like=held)
+        if programs[cut].spec.features != math.prod(model.stage_infos[cut].output_shape):
+            raise ModelError(f"tail at cut {cut}: the compiled program takes another number of values")
+    return programs
+
+
+def _shrunk(layers: list[Layer], factor: float) -> list[Layer]:
+    """The logits times `factor`."""
+    *rest, last = layers
+    assert isinstance(last, Affine)  # what `fold_tail` ends with
+    return [*rest, replace(last, weight=factor * last.weight, bias=factor * last.bias)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -9,7 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from blindtail.errors import ConfigError
+
 if TYPE_CHECKING:
+    from blindtail.train.fit import Progress as TrainingProgress
     from blindtail.train.recipe import Recipe
     from blindtail.train.run import Splits, Trained
 
@@ -41,6 +47,12 @@ def train_command(
         Path | None,
         typer.Option(help="model.safetensors of an earlier run: calibrate and compile it, train nothing"),
     ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            help="edge.bt that devices hold: train the tail of --checkpoint on, and write a cloud.bt for them"
+        ),
+    ] = None,
     threads: Annotated[
         int, typer.Option(min=1, max=64, help="CPU threads; results may differ in rounding")
     ] = 1,
@@ -61,7 +73,15 @@ def train_command(
     The same seed, epochs and threads give the same files. For your own network, build a
     SplitModel (see `blindtail.models.split`) and call `blindtail.models.pack.pack`.
 
-    Example: blindtail train fashion --out out/fashion
+    With --like nothing changes on the devices: only the tail of --checkpoint is trained
+    on, and compiled to take the place of the one that devices hold. A cell can then let it
+    answer a share of the requests (blindtail model canary). Give the seed of the earlier run:
+    it decides which images are kept for validation.
+
+    \b
+      blindtail train fashion --out out/fashion
+      blindtail train fashion --out out/next --epochs 2 \\
+          --checkpoint out/fashion/model.safetensors --like out/fashion/edge.bt
     """
     # torch is loaded only once this command runs, so that other commands start fast.
     from blindtail.train.recipe import RECIPES
@@ -75,23 +95,67 @@ def train_command(
     command = f"blindtail train {recipe.value} --epochs {chosen.epochs} --seed {seed} --threads {threads}"
     if checkpoint is not None:
         command += f" --checkpoint {checkpoint.name}"
+    if like is not None:
+        if checkpoint is None:
+            raise ConfigError("--like needs --checkpoint: the model.safetensors that belongs to this edge.bt")
+        _train_tail(chosen, splits, threads, command, checkpoint, like, folder, json_output)
+        return
     trained = _train_with_bar(chosen, splits, threads, command, checkpoint, quiet=json_output)
     trained.save(folder)
     if json_output:
-        import json
-
         typer.echo(json.dumps(trained.report, indent=2))
     else:
         _print(trained, folder)
 
 
+def _train_tail(
+    recipe: Recipe,
+    splits: Splits,
+    threads: int,
+    command: str,
+    checkpoint: Path,
+    like: Path,
+    folder: Path,
+    as_json: bool,
+) -> None:
+    from blindtail.bundle import EdgeBundle
+    from blindtail.train.tail import train_tail
+
+    held = EdgeBundle.open(like)
+    command += f" --like {like.name}"
+    with _bar(recipe, quiet=as_json) as advance:
+        trained = train_tail(
+            recipe, splits, checkpoint, held, threads=threads, progress=advance, command=command
+        )
+    trained.save(folder)
+    report: Any = trained.report
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    for split in ("validation", "test"):
+        before, after = report["before"][split]["tail"], report["after"][split]["tail"]
+        typer.echo(f"tail, {split}: {before:.2%} before, {after:.2%} now")
+    typer.echo(
+        f"wrote {folder}/cloud.bt: {report['model']} {report['version']}, for devices that hold "
+        f"{report['for_devices_with']}; training took {report['training_s']:.0f} s"
+    )
+
+
 def _train_with_bar(
     recipe: Recipe, splits: Splits, threads: int, command: str, checkpoint: Path | None, quiet: bool
 ) -> Trained:
+    from blindtail.train.run import train
+
+    with _bar(recipe, quiet) as advance:
+        return train(
+            recipe, splits, threads=threads, progress=advance, command=command, checkpoint=checkpoint
+        )
+
+
+@contextmanager
+def _bar(recipe: Recipe, quiet: bool) -> Iterator[TrainingProgress]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from blindtail.train.run import train
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     console = Console(stderr=True)
@@ -102,9 +166,7 @@ def _train_with_bar(
             text = f"training {recipe.name}, loss {loss:.3f}" if done < steps else "calibrating, compiling"
             bar.update(task, completed=done, total=steps, description=text)
 
-        return train(
-            recipe, splits, threads=threads, progress=advance, command=command, checkpoint=checkpoint
-        )
+        yield advance
 
 
 def _print(trained: Trained, folder: Path) -> None:

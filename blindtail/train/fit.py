@@ -38,8 +38,11 @@ def fit(
     model: SplitModel | None = None,
     threads: int = 1,
     progress: Progress | None = None,
+    only_tails: bool = False,
 ) -> SplitModel:
     """Train `recipe.build()`, or `model` when given (in place), and return it in evaluation mode.
+
+    With `only_tails` stages and exits stay as they are, running statistics included.
 
     AdamW with a one-cycle schedule; after each step every `Quadratic` is
     projected back into what the compiler accepts. Raises `DataError` when there
@@ -50,24 +53,32 @@ def fit(
     with bounded(threads, recipe.seed):
         if model is None:
             model = recipe.build()
-        _loop(recipe, data, model, progress)
+        _loop(recipe, data, model, progress, only_tails)
     return model.eval()
 
 
-def _loop(recipe: Recipe, data: Images, model: SplitModel, progress: Progress | None) -> None:
+def _loop(
+    recipe: Recipe, data: Images, model: SplitModel, progress: Progress | None, only_tails: bool
+) -> None:
     images = torch.from_numpy(model.preprocessing.apply(data.pixels))  # (n, C, H, W)
     labels = torch.from_numpy(data.labels)
     per_epoch = len(labels) // recipe.batch
     steps = recipe.epochs * per_epoch
     generator = torch.Generator().manual_seed(recipe.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.peak_rate, weight_decay=recipe.weight_decay)
+    trained: nn.Module = model.tails if only_tails else model
+    for parameter in model.parameters():
+        parameter.requires_grad_(not only_tails)
+    for parameter in trained.parameters():
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=recipe.peak_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, recipe.peak_rate, total_steps=steps, pct_start=recipe.warm_up
     )
     quadratics = [m for m in model.modules() if isinstance(m, Quadratic)]
     exits = len(model.exits_after)
     done = 0
-    model.train()
+    model.eval()
+    trained.train()
     for _ in range(recipe.epochs):
         order = torch.randperm(len(labels), generator=generator)
         for batch in order[: per_epoch * recipe.batch].view(per_epoch, recipe.batch):
@@ -78,7 +89,7 @@ def _loop(recipe: Recipe, data: Images, model: SplitModel, progress: Progress | 
             loss = recipe.objective(outputs[:exits], outputs[exits:], labels[batch])
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+            nn.utils.clip_grad_norm_(trained.parameters(), recipe.clip_norm)
             optimizer.step()
             schedule.step()
             for activation in quadratics:
@@ -93,3 +104,5 @@ def _loop(recipe: Recipe, data: Images, model: SplitModel, progress: Progress | 
                     )
                 if progress is not None:
                     progress(done, steps, value)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)

@@ -7,9 +7,10 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
 
@@ -79,22 +80,35 @@ class Trained:
         Each is written atomically; the checkpoint stays with the owner. Raises
         `DataError` when the folder cannot be written.
         """
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        history = {key: self.report[key] for key in ("command", "training_s")}
+        with writing(folder):
             self.edge.save(folder / "edge.bt")
             self.cloud.save(folder / "cloud.bt")
-            with tempfile.TemporaryDirectory(prefix=".train-", dir=folder) as scratch:
-                text = Path(scratch) / "report.json"
-                text.write_text(json.dumps(self.report, indent=2) + "\n", encoding="utf-8")
-                weights = Path(scratch) / "model.safetensors"
-                state = {k: v.detach().contiguous() for k, v in self.model.state_dict().items()}
-                history = {key: self.report[key] for key in ("command", "training_s")}
-                save_file(state, weights, metadata={"training": json.dumps(history)})
-                for path in (text, weights):
-                    os.chmod(path, 0o644)
-                    os.replace(path, folder / path.name)
-        except OSError as error:
-            raise DataError(f"cannot write to {folder} ({error.strerror}): choose another --out") from error
+            save_report_and_weights(folder, self.report, self.model, {"training": json.dumps(history)})
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Makes the folder; turns what goes wrong on the disk into `DataError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise DataError(f"cannot write to {folder} ({error.strerror}): choose another --out") from error
+
+
+def save_report_and_weights(
+    folder: Path, report: Mapping[str, Any], model: SplitModel, metadata: Mapping[str, str] | None = None
+) -> None:
+    """report.json and model.safetensors, each whole or not at all. Raises `OSError`."""
+    with tempfile.TemporaryDirectory(prefix=".train-", dir=folder) as scratch:
+        text, weights = Path(scratch) / "report.json", Path(scratch) / "model.safetensors"
+        text.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        state = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+        save_file(state, weights, metadata=None if metadata is None else dict(metadata))
+        for path in (text, weights):
+            os.chmod(path, 0o644)
+            os.replace(path, folder / path.name)
 
 
 def train(
@@ -226,7 +240,7 @@ def finish(
         "first_1000_test_images": routed(test.take(1_000), calibration),
         "versions": {
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("torch", "numpy", "onnx", "safetensors")},
+            **{name: packages.version(name) for name in ("torch", "numpy", "onnx", "safetensors")},
         },
     }
     return Trained(model, calibration, edge, cloud, report)

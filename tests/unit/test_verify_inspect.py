@@ -17,8 +17,10 @@ from blindtail.errors import BundleError, InputError
 from edge.pages import verify_page
 from edge.pair import ModelPair
 from edge.verify import read_images, summary_lines, verify
+from tests.he_cases import Case, program
 
 ZOO = Path(cli.__file__).parent / "models" / "zoo" / "fashion"
+
 EDGE, CLOUD = ZOO / "edge.bt", ZOO / "cloud.bt"
 
 Run = Callable[..., str]
@@ -122,8 +124,12 @@ def test_images_of_a_folder(tmp_path: Path) -> None:
 def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     cloud = CloudBundle.open(CLOUD)
     other = tmp_path / "cloud.bt"
-    CloudBundle(cloud.model, "another", cloud.programs).save(other)
+    (cut,) = cloud.programs
+    CloudBundle(cloud.model, "another", {cut: program(Case((64, 32, 10)))}).save(other)
     with pytest.raises(BundleError, match="written together"):
+        ModelPair.open(EDGE, other)
+    CloudBundle("someone's", cloud.version, cloud.programs).save(other)
+    with pytest.raises(BundleError, match="of one model"):
         ModelPair.open(EDGE, other)
     with pytest.raises(InputError, match="no cut 0"):
         ModelPair.open(EDGE, CLOUD, 0)
