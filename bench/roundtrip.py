@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.rows import Row, row
-from edge.demo import ZOO
+from blindtail.models.zoo import bundle_paths
 from edge.processes import Child
 from edge.runtime import EdgeRuntime
 from edge.verify import read_images
@@ -38,7 +38,8 @@ def rows(args: argparse.Namespace) -> list[Row]:
     from edge.pair import ModelPair
 
     count = 30 if args.quick else 300
-    pair = ModelPair.open(ZOO / "fashion" / "edge.bt", ZOO / "fashion" / "cloud.bt")
+    edge_bt, cloud_bt = bundle_paths("fashion")
+    pair = ModelPair.open(edge_bt, cloud_bt)
     pixels, _ = read_images(pair, "fashion", "test", count)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="btbench-")))
@@ -46,7 +47,7 @@ def rows(args: argparse.Namespace) -> list[Row]:
         command = [
             "blindtail",
             "cloud",
-            str(ZOO / "fashion" / "cloud.bt"),
+            str(cloud_bt),
             "--evaluators",
             "1",
             "--port",

@@ -10,12 +10,7 @@ library only. What users import:
     edge.EdgeRuntime                 the device's side
 """
 
-import os
-
-# ONNX Runtime reports its use to its maker unless told otherwise before it is loaded. A device
-# that sees private data talks to its own cloud and to nobody else.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-
+from blindtail import _process as _process
 from blindtail.errors import (
     AccessDenied,
     BlindtailError,
@@ -28,6 +23,7 @@ from blindtail.errors import (
     InputError,
     KeysMissing,
     ModelError,
+    ModelWithdrawn,
     Overloaded,
     ProgramMismatch,
     SessionLost,
@@ -63,6 +59,7 @@ __all__ = [
     "KeysMissing",
     "LatencyEstimate",
     "ModelError",
+    "ModelWithdrawn",
     "Overloaded",
     "ProgramMismatch",
     "SessionLost",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,7 +37,13 @@ is evaluated on the ciphertext.
   model owner      blindtail train     make edge.bt and cloud.bt
                    blindtail inspect   what a .bt file costs to run
                    blindtail verify    encrypted against clear answers
-  operator         blindtail cloud     serve tails
+  operator         blindtail certs     make certificates for mutual TLS
+                   blindtail cloud     serve tails
+                   blindtail model     models of a cell: push, canary, roll back
+                   blindtail cell      drain a cell, welcome its edges again
+                   blindtail orchestrator, blindtail policy
+                                       objectives and policies of all edges
+                   blindtail health    is it serving?
   device engineer  blindtail infer     answer images
                    blindtail edge      run an edge site
   everyone         blindtail demo      all of it on this machine
@@ -75,7 +81,8 @@ def _root(
         Path | None,
         typer.Option(
             "--settings",
-            help="TOML with a table for each command, [train] epochs = 8; flags win. Before the command.",
+            help="TOML with a table for each command, [train] epochs = 8, or [certs.issue] days = 90; flags "
+            "win. Before the command.",
         ),
     ] = None,
 ) -> None:
@@ -85,28 +92,42 @@ def _root(
         ctx.default_map = _defaults(settings, ctx.command)
 
 
-def _defaults(path: Path, group: Any) -> dict[str, dict[str, Any]]:
-    """Command -> parameter -> value, names checked. Raises `ConfigError`."""
-    found: dict[str, dict[str, Any]] = {}
-    source = str(path)
-    for command, table in read_toml(path).items():
-        if command not in group.commands:
-            raise ConfigError(unknown_setting(command, command, list(group.commands), "", source))
-        if not isinstance(table, dict):
-            raise ConfigError(f"{source}: {command} must be a table: write [{command}] above its settings")
-        known = {
-            option.lstrip("-").replace("-", "_"): parameter.name or ""
-            for parameter in group.commands[command].params
-            if parameter.param_type_name == "option" and "--help" not in parameter.opts
-            for option in parameter.opts
-            if option.startswith("--")
-        }
-        for name in table:
-            if name not in known:
-                full = f"{command}.{name}"
-                raise ConfigError(unknown_setting(full, name, list(known), f"{command}.", source))
-        found[command] = {known[name]: value for name, value in table.items()}
+def _defaults(path: Path, root: Any) -> dict[str, Any]:
+    """Command -> parameter -> value, names checked; [certs.issue] is a command of a group.
+
+    Raises `ConfigError`.
+    """
+    return _table(read_toml(path), root, "", str(path))
+
+
+def _table(table: Mapping[str, Any], command: Any, where: str, source: str) -> dict[str, Any]:
+    """The settings of one command or group of commands."""
+    commands = dict(getattr(command, "commands", {}))
+    # The root's own options come before --settings is read: they cannot be set by it.
+    options = _options(command) if where else {}
+    found: dict[str, Any] = {}
+    for name, value in table.items():
+        full = where + name
+        if name in commands:
+            if not isinstance(value, dict):
+                raise ConfigError(f"{source}: {full} must be a table: write [{full}] above its settings")
+            found[name] = _table(value, commands[name], f"{full}.", source)
+        elif name in options:
+            found[options[name]] = value
+        else:
+            raise ConfigError(unknown_setting(full, name, [*commands, *options], where, source))
     return found
+
+
+def _options(command: Any) -> dict[str, str]:
+    """Name in a settings file -> the parameter that gets the value."""
+    return {
+        option.lstrip("-").replace("-", "_"): parameter.name or ""
+        for parameter in command.params
+        if parameter.param_type_name == "option" and "--help" not in parameter.opts
+        for option in parameter.opts
+        if option.startswith("--")
+    }
 
 
 def build_app() -> typer.Typer:
@@ -138,7 +159,7 @@ def _register_missing(app: typer.Typer, names: str, error: ImportError) -> None:
     def unavailable(ctx: typer.Context) -> None:
         raise ConfigError(
             f"the command {ctx.info_name!r} {reason}: install blindtail with its extras, "
-            "for example 'pip install blindtail[cluster,train,demo]'"
+            "for example 'pip install blindtail[certs,cluster,train,demo]'"
         )
 
     for name in names.split("+"):

@@ -14,11 +14,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import json
 import math
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -132,6 +133,23 @@ def _build(cls: type[T], table: Mapping[str, Any], where: str, source: str) -> T
         raise ConfigError(f"{source}: {error}") from error
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{source}: {where.rstrip('.') or cls.__name__}: {error}") from error
+
+
+def assignments(pairs: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs of a flag `--set`; a value is JSON, or text when it is no JSON.
+
+    Raises `ConfigError`.
+    """
+    result: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError(f"--set takes NAME=VALUE, not {pair!r}")
+        try:
+            result[name.strip()] = json.loads(value)
+        except ValueError:
+            result[name.strip()] = value
+    return result
 
 
 def unknown_setting(full: str, name: str, known: list[str], where: str, source: str) -> str:
@@ -270,4 +288,4 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-__all__ = ["load_config"]
+__all__ = ["assignments", "load_config"]

@@ -10,6 +10,7 @@
     └── TailError              everything that can go wrong between edge and cloud
         ├── ContainerError     bytes of a ciphertext or key container are malformed
         ├── ProgramMismatch    edge and cloud hold different versions of a model
+        │   └── ModelWithdrawn the cloud served this version and does so no more
         ├── SessionLost        the cloud no longer knows this session
         ├── KeysMissing        the cloud does not hold (or has evicted) the evaluation keys
         ├── Overloaded         the queue is full; carries `retry_after_s`
@@ -68,6 +69,10 @@ class ProgramMismatch(TailError):
     """Edge and cloud hold different models or different versions of one."""
 
 
+class ModelWithdrawn(ProgramMismatch):
+    """The cloud's operator has taken this version of the model back."""
+
+
 class SessionLost(TailError):
     """The cloud no longer knows this session; register again."""
 
@@ -113,6 +118,7 @@ STATUS_OF: Mapping[type[BlindtailError], str] = MappingProxyType(
         StateError: "FAILED_PRECONDITION",
         ContainerError: "INVALID_ARGUMENT",
         ProgramMismatch: "FAILED_PRECONDITION",
+        ModelWithdrawn: "FAILED_PRECONDITION",
         SessionLost: "NOT_FOUND",
         KeysMissing: "NOT_FOUND",
         Overloaded: "RESOURCE_EXHAUSTED",
@@ -136,6 +142,7 @@ __all__ = [
     "InputError",
     "KeysMissing",
     "ModelError",
+    "ModelWithdrawn",
     "Overloaded",
     "ProgramMismatch",
     "SessionLost",

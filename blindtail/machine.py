@@ -34,6 +34,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def release() -> str:
+    """blindtail's own version."""
+    try:
+        return metadata.version("blindtail")
+    except metadata.PackageNotFoundError:  # run from a copy of the sources
+        return "unknown"
+
+
 def _processor() -> str:
     return _cpu_field("model name") or platform.processor() or "unknown"
 
@@ -49,4 +57,4 @@ def _cpu_field(name: str) -> str:
     return ""
 
 
-__all__ = ["machine", "versions"]
+__all__ = ["machine", "release", "versions"]

@@ -135,11 +135,17 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class TailTimings:
-    """What the cloud says about one evaluation, on its own clock."""
+    """What the cloud says about one evaluation, on its own clock.
+
+    `version` of the model that answered; a cell that is `draining` wants its
+    sessions to move to another.
+    """
 
     queue_s: float
     eval_s: float
     evaluator: str = ""
+    draining: bool = False
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 Rules that both sides follow:
 - reconnect back-off 0.2 to 1 s, keepalive 20 s, no retries inside gRPC (the edge
   decides), no HTTP proxies, one TCP connection per channel;
-- plaintext only to loopback, and only when asked for by name;
+- plaintext only to loopback, and only when asked for by name; TLS is 1.3 (see
+  `blindtail/_process.py`);
 - a `BlindtailError` travels as the status of `errors.STATUS_OF`, its public
   message, and the trailing metadata `blindtail-error: ClassName`. What arrives
   at the edge is always a `TailError`.
@@ -14,7 +15,6 @@ from __future__ import annotations
 import ipaddress
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar, cast
 
 import grpc
@@ -35,6 +35,7 @@ from blindtail.errors import (
     TailError,
     TailUnavailable,
 )
+from blindtail.tls import ClientTls, ClientTlsFiles, ServerTls, Stamp
 
 INSECURE_LOOPBACK: Final = "insecure-loopback"
 
@@ -45,31 +46,15 @@ _Options = list[tuple[str, int | str]]
 _Metadata = tuple[tuple[str, str], ...]
 _R = TypeVar("_R")
 
+#: A server's connections live this long (gRPC varies it by a tenth), and their calls at most so much longer.
+CONNECTION_AGE_S, STREAM_GRACE_S = 3600.0, 900.0
 _KEEPALIVE_MS = 20_000
 _KEEPALIVE_TIMEOUT_MS = 10_000
 
 
-@dataclass(frozen=True, slots=True)
-class ClientTls:
-    """TLS of an edge, PEM bytes. `certificate` and `key` are what the cloud knows it by."""
-
-    ca: bytes
-    certificate: bytes
-    key: bytes
-    server_name: str | None = None  # expected name in the cloud's certificate, when it is not the host
-
-
-#: What `secure_channel` accepts: mutual TLS, plaintext to loopback, or TLS with the system's roots.
-Credentials = ClientTls | Literal["insecure-loopback"] | None
-
-
-@dataclass(frozen=True, slots=True)
-class ServerTls:
-    """TLS of a cell, PEM bytes. Clients must show a certificate that `client_ca` signed."""
-
-    certificate: bytes
-    key: bytes
-    client_ca: bytes
+#: What `secure_channel` accepts: mutual TLS from bytes, or from files that are read at every dial;
+#: plaintext to loopback; or TLS with the system's roots and no certificate of one's own.
+Credentials = ClientTls | ClientTlsFiles | Literal["insecure-loopback"] | None
 
 
 def channel_options(max_reply_bytes: int = wire.REPLY_BYTES) -> _Options:
@@ -90,10 +75,19 @@ def channel_options(max_reply_bytes: int = wire.REPLY_BYTES) -> _Options:
     ]
 
 
-def server_options(max_container_bytes: int) -> _Options:
+def server_options(
+    max_container_bytes: int,
+    connection_age_s: float = CONNECTION_AGE_S,
+    stream_grace_s: float = STREAM_GRACE_S,
+) -> _Options:
     """Options of a cell's server. `max_container_bytes`: uplink of the biggest program loaded.
 
-    This caps what is read from a connection; `blindtail.wire` then holds every
+    connection_age_s  a connection older than this ends in order, and the client dials again: so a
+                      certificate that expires, or an authority that is trusted no more, loses its
+                      open connections too
+    stream_grace_s    what calls then in flight may take
+
+    Their cap bounds what is read from a connection; `blindtail.wire` then holds every
     method to its own, smaller, cap before it parses.
     """
     biggest = max(max_container_bytes, wire.CHUNK_BYTES, wire.CONTROL_BYTES) + wire.OVERHEAD_BYTES
@@ -107,6 +101,8 @@ def server_options(max_container_bytes: int) -> _Options:
         ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.max_concurrent_streams", 256),
+        ("grpc.max_connection_age_ms", round(connection_age_s * 1000)),
+        ("grpc.max_connection_age_grace_ms", round(stream_grace_s * 1000)),
         ("grpc.enable_http_proxy", 0),
     ]
 
@@ -135,8 +131,9 @@ def secure_channel(
 ) -> grpc.Channel:
     """A channel to a cell; it connects when first used. Raises `ConfigError`.
 
-    `credentials`: `ClientTls`; `"insecure-loopback"` (plaintext, refused for any
-    other host); or None for TLS with the system's roots and no client certificate.
+    `credentials`: `ClientTls`; `ClientTlsFiles`, read now; `"insecure-loopback"`
+    (plaintext, refused for any other host); or None for TLS with the system's roots
+    and no client certificate.
     """
     host, _ = split_address(address)
     options = channel_options(max_reply_bytes)
@@ -148,19 +145,21 @@ def secure_channel(
         return grpc.insecure_channel(address, options=options)
     if credentials is None:
         return grpc.secure_channel(address, grpc.ssl_channel_credentials(), options=options)
+    if isinstance(credentials, ClientTlsFiles):
+        credentials = credentials.load()
     if not isinstance(credentials, ClientTls):
-        raise ConfigError(f'credentials are ClientTls(...), "{INSECURE_LOOPBACK}" or None')
+        raise ConfigError(
+            f'credentials are ClientTlsFiles(...), ClientTls(...), "{INSECURE_LOOPBACK}" or None'
+        )
     if credentials.server_name:
         options.append(("grpc.ssl_target_name_override", credentials.server_name))
     tls = grpc.ssl_channel_credentials(credentials.ca, credentials.key, credentials.certificate)
     return grpc.secure_channel(address, tls, options=options)
 
 
-def server_credentials(tls: ServerTls) -> grpc.ServerCredentials:
-    """Mutual TLS: clients without a certificate of `client_ca` are refused in the handshake."""
-    return grpc.ssl_server_credentials(
-        [(tls.key, tls.certificate)], root_certificates=tls.client_ca, require_client_auth=True
-    )
+def stamp(credentials: Credentials) -> Stamp:
+    """Changes when certificate files have changed; always () for credentials without files."""
+    return credentials.stamp() if isinstance(credentials, ClientTlsFiles) else ()
 
 
 # --- errors -----------------------------------------------------------------
@@ -228,6 +227,23 @@ def from_rpc_error(error: BaseException) -> TailError:
             retry_s = 1.0
         return kind(text, retry_s)
     return kind(text)
+
+
+def named_error(error: BaseException) -> BlindtailError:
+    """As `from_rpc_error`, for calls between hosts of one operator: any class of ours that the
+    server names counts, so that its `ConfigError` arrives as one."""
+    if isinstance(error, BlindtailError):
+        return error
+    try:
+        call = cast(Any, error)
+        named = dict(call.trailing_metadata() or ()).get(ERROR_KEY, "")
+        text = str(call.details() or "")[:1000]
+    except (AttributeError, TypeError, ValueError):
+        return from_rpc_error(error)
+    kind = getattr(errors, str(named), None) if named in errors.__all__ else None
+    if isinstance(kind, type) and issubclass(kind, BlindtailError) and not issubclass(kind, TailError):
+        return kind(text)
+    return from_rpc_error(error)
 
 
 # --- the edge's stub -----------------------------------------------------------
@@ -327,16 +343,19 @@ __all__: Sequence[str] = [
     "INSECURE_LOOPBACK",
     "RETRY_KEY",
     "ClientTls",
+    "ClientTlsFiles",
     "Credentials",
     "ServerTls",
+    "Stamp",
     "TailStub",
     "channel_options",
     "from_rpc_error",
     "is_loopback",
+    "named_error",
     "read_pieces",
     "secure_channel",
-    "server_credentials",
     "server_options",
     "split_address",
+    "stamp",
     "to_status",
 ]

@@ -16,9 +16,8 @@ import logging.handlers
 import os
 import resource
 import select
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,14 @@ import prometheus_client
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from blindtail import errors
-from blindtail.errors import BlindtailError, ConfigError, EvaluationFailed, TailUnavailable
+from blindtail.errors import EvaluationFailed, TailUnavailable
 from blindtail.he.program import Program
-from blindtail.metrics import CloudMetrics
+from blindtail.metrics import CloudMetrics, EvaluatorCounters, expiry, serve_metrics
 from cloud.config import CloudConfig
-from cloud.engine import Engine, limit_threads
+from cloud.control import CellControl
+from cloud.evaluator import EvaluatorActor, Outcome, end_without_raylet, error_outcome, raise_outcome
 from cloud.evaluators import EvaluatorCrashed, EvaluatorGone, Member, Pool, Work
+from cloud.fleet import tag
 from cloud.gateway import Gateway
 from cloud.registry import Registry, open_bundles
 from cloud.servicer import TailServer
@@ -47,66 +47,13 @@ _HUNG_S = 60.0
 _STABLE_S = 10.0
 _BACK_OFF_S = (0.2, 10.0)
 
-Parts = tuple[dict[str, Any], dict[str, Any]]
-#: ("ok", payload...) or ("error", class name, public message).
-Outcome = tuple[Any, ...]
-
-
-def _end_without_raylet() -> None:
-    """Ends this process when the raylet that started it is gone: it could reach nobody any more."""
-    raylet = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == raylet:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="raylet-watchdog", daemon=True).start()
-
-
-def _outcome(error: BaseException) -> Outcome:
-    name = type(error).__name__ if isinstance(error, BlindtailError) else ""
-    return ("error", name, str(error) if name else type(error).__name__)
-
-
-def raise_outcome(outcome: Outcome) -> None:
-    """Raises what an ("error", ...) stands for."""
-    if outcome[0] == "ok":
-        return
-    kind = getattr(errors, outcome[1], None) if outcome[1] in errors.__all__ else None
-    if kind is None:
-        raise EvaluationFailed(f"a process of the cell failed ({outcome[2]}); its log says why")
-    raise kind(outcome[2])
-
-
-class EvaluatorActor:
-    """Evaluates, one request at a time. Has no way to hold a secret key."""
-
-    def __init__(
-        self, programs: Mapping[str, Parts], backend: str, loaded_keys_bytes: int, threads: int
-    ) -> None:
-        _end_without_raylet()
-        # A core dump would hold clients' keys.
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        limit_threads(threads)
-        opened = {name: Program.from_parts(*parts) for name, parts in programs.items()}
-        self._engine = Engine(opened, backend, loaded_keys_bytes)
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def evaluate(self, program_id: str, keys_path: str, container: bytes) -> Outcome:
-        try:
-            return ("ok", *self._engine.evaluate(program_id, keys_path, container))
-        except Exception as error:
-            return _outcome(error)
-
 
 class RayMember:
     """One evaluator actor, seen from the gateway."""
 
     def __init__(self, name: str, handle: Any, pid: int) -> None:
         self.name, self.pid, self._handle = name, pid, handle
+        self.counters = EvaluatorCounters()
         loop = asyncio.get_running_loop()
         self.dead: asyncio.Future[None] = loop.create_future()
         self._pidfd = os.pidfd_open(pid)
@@ -119,11 +66,26 @@ class RayMember:
             self.dead.set_result(None)
 
     async def evaluate(self, work: Work) -> tuple[bytes, float]:
+        outcome = await self._call("evaluate", work.program_id, str(work.keys), work.container)
+        self.counters = EvaluatorCounters(*outcome[3])
+        return outcome[1], outcome[2]
+
+    async def load(self, names: Sequence[str]) -> None:
+        """Raises `EvaluatorGone`, or why the programs cannot be loaded."""
+        await self._call("load", list(names))
+
+    def unload(self, names: Sequence[str]) -> None:
+        """Does not wait."""
+        with contextlib.suppress(Exception):
+            self._handle.unload.remote(list(names))
+
+    async def _call(self, method: str, *values: Any) -> Outcome:
+        """An ("ok", ...). Raises `EvaluatorGone`, or what an ("error", ...) stands for."""
         # The process may be gone without the loop having heard of it yet.
         if self.dead.done() or select.select([self._pidfd], [], [], 0)[0]:
             await asyncio.wait([self.dead])
             raise EvaluatorGone
-        reference = self._handle.evaluate.remote(work.program_id, str(work.keys), work.container)
+        reference = getattr(self._handle, method).remote(*values)
         reply = asyncio.ensure_future(_get(reference))
         try:
             await asyncio.wait((reply, self.dead), timeout=_HUNG_S, return_when=asyncio.FIRST_COMPLETED)
@@ -143,7 +105,7 @@ class RayMember:
         finally:
             reply.cancel()
         raise_outcome(outcome)
-        return outcome[1], outcome[2]
+        return outcome
 
     def kill(self) -> None:
         with contextlib.suppress(Exception):
@@ -161,7 +123,7 @@ class RayPool(Pool):
     def __init__(self, config: CloudConfig, programs: Mapping[str, Program]) -> None:
         super().__init__()
         self._config = config
-        self._parts: dict[str, Parts] = {name: p.to_parts() for name, p in programs.items()}
+        self._names = dict.fromkeys(programs)  # in order; evaluators read the programs from disk
         self._members: dict[int, RayMember] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._all_up = asyncio.Event()
@@ -171,9 +133,14 @@ class RayPool(Pool):
     def members(self) -> Sequence[Member]:
         return [self._members[index] for index in sorted(self._members)]
 
+    def counters(self) -> Mapping[int, EvaluatorCounters]:
+        return {index: member.counters for index, member in self._members.items()}
+
     async def start(self) -> None:
+        # On a cluster of several nodes, those of other nodes are other cells'.
+        mine = f"evaluator-{tag(ray.get_runtime_context().get_node_id())}-"
         for entry in ray.util.list_named_actors(all_namespaces=True):
-            if entry["namespace"] == NAMESPACE and entry["name"].startswith("evaluator-"):
+            if entry["namespace"] == NAMESPACE and entry["name"].startswith(mine):
                 with contextlib.suppress(ValueError):  # it died meanwhile
                     ray.kill(ray.get_actor(entry["name"], namespace=NAMESPACE))
         self._keepers = [asyncio.create_task(self._keep(index)) for index in range(self._config.evaluators)]
@@ -184,6 +151,25 @@ class RayPool(Pool):
                 raise TailUnavailable(
                     "no evaluator came up: see the cell's log, and whether memory or cores are short"
                 ) from error
+
+    async def load(self, programs: Mapping[str, Program]) -> None:
+        fresh = [name for name in programs if name not in self._names]
+        self._names.update(dict.fromkeys(fresh))
+        try:
+            # One after another: while one loads, the others go on answering.
+            for member in list(self._members.values()):
+                with contextlib.suppress(EvaluatorGone):
+                    await member.load(fresh)
+        except BaseException:
+            await self.unload(fresh)
+            raise
+
+    async def unload(self, names: Iterable[str]) -> None:
+        gone = list(names)
+        for name in gone:
+            self._names.pop(name, None)
+        for member in list(self._members.values()):
+            member.unload(gone)
 
     async def close(self) -> None:
         for keeper in self._keepers:
@@ -225,9 +211,9 @@ class RayPool(Pool):
 
     async def _spawn(self, index: int) -> RayMember:
         self._generation += 1
-        name = f"evaluator-{index}-{self._generation}"
         c = self._config
         here = ray.get_runtime_context().get_node_id()
+        name = f"evaluator-{tag(here)}-{index}-{self._generation}"
         actor = ray.remote(EvaluatorActor).options(
             name=name,
             namespace=NAMESPACE,
@@ -236,14 +222,19 @@ class RayPool(Pool):
             max_restarts=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
         )
-        handle = actor.remote(self._parts, c.backend, c.loaded_keys_bytes, c.threads)
+        names = list(self._names)
+        handle = actor.remote(c.state_dir, names, c.backend, c.loaded_keys_bytes, c.threads)
         try:
             pid = await asyncio.wait_for(_pid(handle), _START_S)
         except BaseException:
             with contextlib.suppress(Exception):
                 ray.kill(handle)
             raise
-        return RayMember(name, handle, pid)
+        member = RayMember(name, handle, pid)
+        while late := [n for n in self._names if n not in names]:  # loaded into the others meanwhile
+            names += late
+            await member.load(late)
+        return member
 
 
 async def _pid(handle: Any) -> int:
@@ -254,10 +245,11 @@ class GatewayActor:
     """Hosts the gateway and its gRPC server on this actor's event loop."""
 
     def __init__(self, config: CloudConfig) -> None:
-        _end_without_raylet()
+        end_without_raylet()
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         self._config = config
         self._gateway: Gateway | None = None
+        self._control: CellControl | None = None
         self._server: TailServer | None = None
         self._port = 0
         self._stop_metrics: Callable[[], None] | None = None
@@ -268,7 +260,7 @@ class GatewayActor:
             await self._start()
         except BaseException as error:
             await self._close(0.0)
-            return _outcome(error)
+            return error_outcome(error)
         return ("ok", await self.describe())
 
     async def _start(self) -> None:
@@ -278,11 +270,17 @@ class GatewayActor:
         def pool_of(models: Registry) -> Pool:
             return RayPool(config, models.programs)
 
-        self._gateway = Gateway(config, open_bundles(config.models), pool_of, CloudMetrics(registry))
+        metrics = CloudMetrics(registry)
+        if config.tls is not None:
+            metrics.watch_certificate(expiry(config.tls.certificate))
+        self._gateway = Gateway(config, open_bundles(config.models), pool_of, metrics)
         _log_to(config.state_dir / "cell.log")
         self._server = TailServer(self._gateway)
         await self._gateway.start()
         self._port = await self._server.start()
+        self._control = CellControl.of(self._gateway, self._port)
+        if self._control is not None:
+            self._control.start()
         if config.metrics_port:
             self._stop_metrics = serve_metrics(config.host, config.metrics_port, registry)
 
@@ -300,13 +298,27 @@ class GatewayActor:
             **self._gateway.describe(),
         }
 
+    async def meet(self, addresses: Sequence[str]) -> None:
+        """Other cells of this Ray cluster, for keys."""
+        if self._gateway is not None:
+            self._gateway.meet(addresses)
+
+    async def drain(self, grace_s: float | None = None) -> bool:
+        """Sends edges away; returns when they have gone, or after the grace (None = the settings')."""
+        if self._gateway is not None:
+            await self._gateway.drain.begin(grace_s)
+        return True
+
     async def stop(self, grace_s: float) -> bool:
         await self._close(grace_s)
         return True
 
     async def _close(self, grace_s: float) -> None:
+        if self._control is not None:
+            await asyncio.to_thread(self._control.close)
+            self._control = None
         if self._stop_metrics is not None:
-            self._stop_metrics()
+            await asyncio.to_thread(self._stop_metrics)
         if self._server is not None:
             await self._server.stop(grace_s)
         if self._gateway is not None:
@@ -314,30 +326,14 @@ class GatewayActor:
         self._server = self._gateway = self._stop_metrics = None
 
 
-def serve_metrics(host: str, port: int, registry: Any) -> Callable[[], None]:
-    """Prometheus over HTTP on a thread; returns what ends it. Raises `ConfigError`."""
-    try:
-        server, thread = prometheus_client.start_http_server(port, host, registry)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot serve metrics on {host}:{port} ({error.strerror}): choose another metrics_port"
-        ) from error
-
-    def stop() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join(timeout=5)
-
-    return stop
-
-
 def _log_to(path: Path) -> None:
     """The cell's log: events and faults, never payloads, keys or identities."""
     handler = logging.handlers.RotatingFileHandler(path, maxBytes=2_000_000, backupCount=2)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger("cloud")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    for name in ("cloud", "blindtail"):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
 
 
 __all__ = [
@@ -348,5 +344,4 @@ __all__ = [
     "RayMember",
     "RayPool",
     "raise_outcome",
-    "serve_metrics",
 ]

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from blindtail.errors import ConfigError
-from blindtail.rpc import ServerTls, is_loopback
+from blindtail.identity import check_roles
+from blindtail.rpc import is_loopback, split_address
+from blindtail.serving import TlsFiles
+from blindtail.wire.tail import MOST_OTHERS
 
 Backend = Literal["seal", "clear"]
 
@@ -20,27 +23,10 @@ def default_state_dir() -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """PEM files for mutual TLS: the cell's certificate and key, and the CA that signs its clients."""
-
-    certificate: Path
-    key: Path
-    client_ca: Path
-
-    def load(self) -> ServerTls:
-        try:
-            return ServerTls(
-                self.certificate.read_bytes(), self.key.read_bytes(), self.client_ca.read_bytes()
-            )
-        except OSError as error:
-            raise ConfigError(f"cannot read the TLS file {error.filename}: {error.strerror}") from error
-
-
-@dataclass(frozen=True, slots=True)
 class KeyLimits:
     """Bounds on stored evaluation keys, per cell unless said otherwise."""
 
-    budget_bytes: int = 4_000_000_000  # prepared keys; the least recently used go first
+    budget_bytes: int = 4_000_000_000  # keys on disk; the least recently used go first
     partial_per_identity: int = 4  # uploads that are not complete
     partial_idle_s: float = 3600.0  # then their bytes are dropped
     check_timeout_s: float = 60.0  # for validating one key container
@@ -77,9 +63,16 @@ class CloudConfig:
     backend               "clear" computes on readable numbers: tests only
     metrics_port          Prometheus over HTTP on the same host; None or 0 = off
     advertise             host:port that edges are told to dial from now on; "" = as they dialled
+    others                host:port of other cells, told to edges: they move there when this one goes
+    peers                 host:port of other cells of this operator, for evaluation keys; this cell's own
+                          address (as bound, or as advertised) among them does no harm
+    replicas              copies of a client's keys that this cell gives to peers; 0 = none
+    orchestrator          host:port where this cell reports its load; absent = nowhere
+    drain_grace_s         how long a cell that ends goes on answering until its edges have moved
     threads               native threads of one evaluator
     loaded_keys_bytes     memory for keys that one evaluator keeps loaded
-    tls                   needed to listen on anything but loopback
+    tls                   needed to listen on anything but loopback; files are read again when they change
+    roles                 identity -> role, for certificates of another authority: {"cn:alice" = "operator"}
     """
 
     models: tuple[Path, ...] = ()
@@ -92,13 +85,20 @@ class CloudConfig:
     advertise: str = ""
     threads: int = 1
     loaded_keys_bytes: int = 1_000_000_000
+    others: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
+    replicas: int = 1
+    orchestrator: str | None = None
+    drain_grace_s: float = 10.0
     shutdown_grace_s: float = 2.0
     tls: TlsFiles | None = None
+    roles: dict[str, str] = field(default_factory=dict)
     keys: KeyLimits = KeyLimits()
     queue: QueueLimits = QueueLimits()
     sessions: SessionLimits = SessionLimits()
 
     def __post_init__(self) -> None:
+        check_roles(self.roles)
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port must be 0 (any free one) to 65535, not {self.port}")
         if self.metrics_port is not None and not 0 <= self.metrics_port < 65536:
@@ -114,6 +114,7 @@ class CloudConfig:
                 f"without TLS a cell listens on loopback only, and {self.host} is not: set tls.certificate, "
                 "tls.key and tls.client_ca, or host = 127.0.0.1"
             )
+        self._check_cells()
         positive = {
             "keys.budget_bytes": self.keys.budget_bytes,
             "keys.partial_per_identity": self.keys.partial_per_identity,
@@ -132,6 +133,25 @@ class CloudConfig:
         for name, value in positive.items():
             if not value > 0:
                 raise ConfigError(f"{name} must be above zero, not {value}")
+
+    def _check_cells(self) -> None:
+        """Raises `ConfigError` for what concerns other cells."""
+        for address in (*self.others, *self.peers, *filter(None, (self.advertise,))):
+            host, _ = split_address(address)
+            if address in self.peers and self.tls is None and not is_loopback(host):
+                raise ConfigError(f"without TLS peers are on loopback only, and {address} is not: set tls")
+        if self.orchestrator is not None:
+            host, _ = split_address(self.orchestrator)
+            if self.tls is None and not is_loopback(host):
+                raise ConfigError(
+                    f"without TLS the orchestrator is on loopback, and {self.orchestrator} is not: set tls"
+                )
+        if len(self.others) > MOST_OTHERS:
+            raise ConfigError(f"others may name at most {MOST_OTHERS} cells, not {len(self.others)}")
+        if not 0 <= self.replicas <= 8:
+            raise ConfigError(f"replicas must be 0 to 8, not {self.replicas}")
+        if not 0 <= self.drain_grace_s <= 3600:
+            raise ConfigError(f"drain_grace_s must be 0 to 3600, not {self.drain_grace_s}")
 
 
 __all__ = [

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from blindtail.he.backends import Evaluator, Keys, open_evaluator
 from blindtail.he.program import Program
+from blindtail.metrics import EvaluatorCounters
 
 
 def limit_threads(threads: int) -> None:
@@ -21,26 +23,61 @@ def limit_threads(threads: int) -> None:
 class Engine:
     """Evaluators by program, and the keys used last. Not thread-safe.
 
-    `loaded_keys_bytes` bounds the memory of loaded keys; at least one set stays.
+    A program is known by its id, or by "EDGE'S-ID:OWN-ID" when it stands in for
+    another version's: it then reads and writes containers under the edge's id, with
+    the keys that are loaded for that one already. `loaded_keys_bytes` bounds the
+    memory of loaded keys; at least one set stays.
     """
 
     def __init__(self, programs: Mapping[str, Program], backend: str, loaded_keys_bytes: int) -> None:
-        self._evaluators: dict[str, Evaluator] = {
-            program_id: open_evaluator(backend, program) for program_id, program in programs.items()
-        }
+        self._backend = backend
+        self._evaluators: dict[str, Evaluator] = {}
+        for name, program in programs.items():
+            self.load(name, program)
         self._budget_bytes = loaded_keys_bytes
         self._keys: OrderedDict[tuple[str, str], tuple[Keys, int]] = OrderedDict()
+        self._evaluations = self._key_loads = 0
+        self._held_bytes, self._next_look_s = (0, 0), 0.0
 
-    def evaluate(self, program_id: str, keys_path: str, container: bytes) -> tuple[bytes, float]:
+    @property
+    def counters(self) -> EvaluatorCounters:
+        """What this engine has done, and what it and its process hold (looked up once a second, and
+        after a load)."""
+        now_s = time.monotonic()
+        if now_s >= self._next_look_s:
+            keys_bytes = sum(keys.memory_bytes for keys, _ in list(self._keys.values()))
+            self._held_bytes, self._next_look_s = (keys_bytes, _resident_bytes()), now_s + 1.0
+        return EvaluatorCounters(self._evaluations, self._key_loads, *self._held_bytes)
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of the programs it holds."""
+        return self._evaluators.keys()
+
+    def load(self, name: str, program: Program) -> None:
+        """Encodes a program's weights, which takes as long as some evaluations."""
+        if name not in self._evaluators:
+            edges = replace(program.spec, program_id=_edges_id(name))
+            self._evaluators[name] = open_evaluator(self._backend, Program(edges, program.ops))
+
+    def unload(self, name: str) -> None:
+        """Forgets a program, and keys that no other program here is for."""
+        self._evaluators.pop(name, None)
+        if not any(_edges_id(other) == _edges_id(name) for other in self._evaluators):
+            for held in [held for held in self._keys if held[0] == _edges_id(name)]:
+                del self._keys[held]
+
+    def evaluate(self, name: str, keys_path: str, container: bytes) -> tuple[bytes, float]:
         """Container in, (container, seconds) out. Raises `ContainerError`, `KeysMissing`."""
         start_s = time.monotonic()
-        keys = self._load(program_id, keys_path)
-        reply = self._evaluators[program_id].evaluate(keys, container)
+        keys = self._load(name, keys_path)
+        reply = self._evaluators[name].evaluate(keys, container)
+        self._evaluations += 1
         return reply, time.monotonic() - start_s
 
-    def _load(self, program_id: str, keys_path: str) -> Keys:
-        name = (program_id, keys_path)
-        evaluator = self._evaluators[program_id]
+    def _load(self, program: str, keys_path: str) -> Keys:
+        name = (_edges_id(program), keys_path)
+        evaluator = self._evaluators[program]
         try:
             inode = os.stat(keys_path).st_ino  # an evicted and uploaded again file is another one
         except OSError:
@@ -51,6 +88,8 @@ class Engine:
             self._keys.move_to_end(name)
             return held[0]
         keys = evaluator.load_keys(Path(keys_path))
+        self._key_loads += 1
+        self._next_look_s = 0.0
         self._keys[name] = (keys, inode)
         self._keys.move_to_end(name)
         total = sum(k.memory_bytes for k, _ in self._keys.values())
@@ -58,6 +97,20 @@ class Engine:
             _, (old, _) = self._keys.popitem(last=False)
             total -= old.memory_bytes
         return keys
+
+
+def _edges_id(name: str) -> str:
+    """The program id that edges encrypt for."""
+    return name.partition(":")[0]
+
+
+def _resident_bytes() -> int:
+    """Of this process; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 __all__ = ["Engine", "limit_threads"]

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from blindtail.he.program import Program
+from blindtail.metrics import EvaluatorCounters
 from cloud.engine import Engine
 
 
@@ -30,11 +31,15 @@ class EvaluatorCrashed(EvaluatorGone):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One evaluation: program, prepared keys on this node, container."""
+    """One evaluation: program (name of a serving), prepared keys on this node, container.
+
+    `version` of the model whose program it is.
+    """
 
     program_id: str
     keys: Path
     container: bytes
+    version: str = ""
 
 
 class Member(Protocol):
@@ -63,9 +68,22 @@ class Pool(ABC):
     def members(self) -> Sequence[Member]:
         """Those that are up, in a stable order."""
 
+    def counters(self) -> Mapping[int, EvaluatorCounters]:
+        """Place -> what the evaluator there said of itself with its last reply."""
+        return {}
+
     @abstractmethod
     async def start(self) -> None:
         """Returns when all are up. Raises `TailUnavailable` when none comes up."""
+
+    async def load(self, programs: Mapping[str, Program]) -> None:
+        """Returns when every evaluator that is up holds these programs too (name -> program, see
+        `cloud.engine`); those that come up later hold them from the start. All or none."""
+        raise NotImplementedError
+
+    async def unload(self, names: Iterable[str]) -> None:
+        """Forgets programs that nothing is sent for any more."""
+        raise NotImplementedError
 
     @abstractmethod
     async def close(self) -> None: ...
@@ -92,6 +110,24 @@ class LocalMember:
             self._thread, self._engine.evaluate, work.program_id, str(work.keys), work.container
         )
 
+    async def load(self, programs: Mapping[str, Program]) -> None:
+        def load() -> None:
+            for name, program in programs.items():
+                self._engine.load(name, program)
+
+        await asyncio.get_running_loop().run_in_executor(self._thread, load)
+
+    async def unload(self, names: Iterable[str]) -> None:
+        def unload() -> None:
+            for name in names:
+                self._engine.unload(name)
+
+        await asyncio.get_running_loop().run_in_executor(self._thread, unload)
+
+    @property
+    def counters(self) -> EvaluatorCounters:
+        return self._engine.counters
+
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
@@ -103,13 +139,16 @@ class LocalPool(Pool):
         self, programs: Mapping[str, Program], backend: str, count: int, loaded_keys_bytes: int
     ) -> None:
         super().__init__()
-        self._programs, self._backend = programs, backend
+        self._programs, self._backend = dict(programs), backend
         self._count, self._loaded_keys_bytes = count, loaded_keys_bytes
         self._members: list[LocalMember] = []
 
     @property
     def members(self) -> Sequence[Member]:
         return self._members
+
+    def counters(self) -> Mapping[int, EvaluatorCounters]:
+        return {place: member.counters for place, member in enumerate(self._members)}
 
     async def start(self) -> None:
         def engine() -> Engine:
@@ -119,6 +158,23 @@ class LocalPool(Pool):
             member = LocalMember(f"evaluator-{index}", await asyncio.to_thread(engine))
             self._members.append(member)
         self.on_change()
+
+    async def load(self, programs: Mapping[str, Program]) -> None:
+        fresh = {name: program for name, program in programs.items() if name not in self._programs}
+        self._programs.update(fresh)
+        try:
+            for member in self._members:
+                await member.load(fresh)
+        except BaseException:
+            await self.unload(fresh)
+            raise
+
+    async def unload(self, names: Iterable[str]) -> None:
+        gone = tuple(names)
+        for name in gone:
+            self._programs.pop(name, None)
+        for member in self._members:
+            await member.unload(gone)
 
     async def close(self) -> None:
         members, self._members = self._members, []

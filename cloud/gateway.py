@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from blindtail.bundle import CloudBundle
@@ -20,16 +21,21 @@ from blindtail.wire import (
     EvaluateCall,
     EvaluateResult,
     KeyHeader,
+    KeyState,
     KeyStatus,
     KeyStatusCall,
     RegisterCall,
     RegisterResult,
 )
 from cloud.config import CloudConfig
+from cloud.drain import Drain
 from cloud.evaluators import Pool, Work
 from cloud.keystore import KeyStore
+from cloud.models import ModelStore
+from cloud.peers import GrpcPeer, KeyExchange
 from cloud.queue import Predictor, Queue
 from cloud.registry import Registry
+from cloud.rollout import Rollout
 from cloud.sessions import Session, Sessions
 
 _log = logging.getLogger(__name__)
@@ -53,14 +59,40 @@ class Gateway:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
-        self.registry = Registry(bundles, config.backend)
+        self.registry = Registry()
         self.metrics = metrics
         self.keys = KeyStore(config.state_dir, config.backend, self.registry, config.keys, clock)
+        store = ModelStore(config.state_dir, config.backend)  # the key store holds the lock
+        try:
+            self.registry.adopt(store.load(bundles))
+            store.tidy(self.registry.catalogue)
+            for entry in self.registry.entries:
+                self.keys.know(entry)
+        except BaseException:
+            self.keys.release()
+            raise
+        self._notes = store.notes
         self.pool = pool_of(self.registry)
-        programs = self.registry.programs
-        predict = Predictor(lambda program_id: programs[program_id].predicted_s(config.backend))
+        predict = Predictor(self.registry.predicted_s)
         self.queue = Queue(self.pool, config.queue, predict, clock, on_wait=metrics.waited)
         self.sessions = Sessions(config.sessions, clock)
+        self.models = Rollout(
+            self.registry,
+            store,
+            self.keys,
+            self.pool,
+            sessions_of=self.sessions.count,
+            forget=predict.forget,
+        )
+        self.models.forget_withdrawn()
+        self.exchange = KeyExchange(
+            self._peers(()), self.keys, config.replicas, clock, on_transfer=metrics.key_transfer
+        )
+        self.keys.on_ready = self.exchange.offer
+        #: Told (queue_s, eval_s) of every evaluation that was answered.
+        self.on_evaluated: Callable[[float, float], None] = lambda queue_s, eval_s: None
+        self._evaluating = 0  # calls of `evaluate` that have not been answered
+        self.drain = Drain(config.drain_grace_s, clock, lambda: self._evaluating, self.sessions.used_since)
         self._sweeper: asyncio.Task[None] | None = None
         metrics.watch(
             queue_depth=lambda: len(self.queue),
@@ -69,43 +101,84 @@ class Gateway:
             key_store_bytes=lambda: self.keys.stored_bytes,
             evaluators=lambda: len(self.pool.members),
             restarts=lambda: self.pool.restarts,
+            queue_limit=lambda: config.queue.jobs,
+            key_store_budget_bytes=lambda: config.keys.budget_bytes,
+            evaluators_wanted=lambda: config.evaluators,
+            draining=lambda: self.drain.on,
+            shares=lambda: {
+                name: self.registry.catalogue.share_of(version)
+                for name, version in self.registry.catalogue.versions.items()
+            },
+            counters=self.pool.counters,
         )
 
     @property
     def serving(self) -> bool:
-        """True while at least one evaluator is up."""
-        return bool(self.pool.members)
+        """True while at least one evaluator is up and edges are welcome."""
+        return bool(self.pool.members) and not self.drain.on
 
     async def start(self) -> None:
         """Returns when the evaluators are up."""
+        for note in self._notes:
+            _log.warning("%s", note)
         await self.pool.start()
+        self.exchange.start()
         self._sweeper = asyncio.create_task(self._sweep())
+
+    def meet(self, addresses: Sequence[str]) -> None:
+        """The cells found beside this one, on top of the settings' peers."""
+        self.exchange.meet(self._peers(addresses))
+
+    def _peers(self, found: Sequence[str]) -> list[GrpcPeer]:
+        """Of the settings and of those found. All cells may have one list: the own address is left out."""
+        config = self.config
+        own = (config.advertise, f"{config.host}:{config.port}")
+        addresses = dict.fromkeys((*config.peers, *found))
+        return [GrpcPeer(address, config.tls) for address in addresses if address not in own]
 
     async def close(self) -> None:
         if self._sweeper is not None:
             self._sweeper.cancel()
+        await self.exchange.close()
         await self.queue.close()
+        await self.models.close()
         await self.pool.close()
         await self.keys.close()
 
     # -- the service -------------------------------------------------------------
 
     def register(self, identity: str, call: RegisterCall) -> RegisterResult:
-        """Raises `ProgramMismatch`."""
+        """Raises `ProgramMismatch`, `ModelWithdrawn`, `AccessDenied`."""
         entry = self.registry.find(call.model, call.version, call.program_id)
-        status = self.keys.status(identity, call.program_id, call.key_sha256)
+        self.registry.admit(identity, call.model, call.version)
+        state = self._key_state(identity, call.program_id, call.key_sha256)
         session = self.sessions.open(identity, entry, call.key_sha256)
-        return RegisterResult(session.id, status.state, self.config.advertise, self.config.sessions.idle_s)
+        self.drain.used()
+        config = self.config
+        return RegisterResult(
+            session.id, state, config.advertise, config.sessions.idle_s, self.drain.on, config.others
+        )
+
+    def _key_state(self, identity: str, program_id: str, sha256: bytes) -> KeyState:
+        """Where the keys stand, now that their edge is here: peers hear of them."""
+        state = self.keys.status(identity, program_id, sha256).state
+        if state is KeyState.READY:
+            self.exchange.offer(identity, program_id, sha256)
+        elif state is KeyState.MISSING and self.exchange.seek(identity, program_id, sha256):
+            return KeyState.CHECKING
+        return state
 
     def key_status(self, identity: str, call: KeyStatusCall) -> KeyStatus:
-        """Raises `ProgramMismatch`."""
-        self.registry.by_program(call.program_id)
+        """Raises `ProgramMismatch`, `ModelWithdrawn`, `AccessDenied`."""
+        self.registry.admit_to_program(identity, call.program_id)
         return self.keys.status(identity, call.program_id, call.key_sha256)
 
     async def upload_keys(self, identity: str, header: KeyHeader, pieces: AsyncIterator[bytes]) -> KeyStatus:
-        """Raises `ProgramMismatch`, `ContainerError`, `Overloaded`, `TailUnavailable`."""
+        """Raises `ProgramMismatch`, `ModelWithdrawn`, `AccessDenied`, `ContainerError`, `Overloaded`,
+        `TailUnavailable`."""
         outcome = "TailUnavailable"  # a connection that breaks off
         try:
+            self.registry.admit_to_program(identity, header.program_id)
             status = await self.keys.receive(
                 identity, header.program_id, header.key_sha256, header.total_bytes, header.offset, pieces
             )
@@ -121,15 +194,18 @@ class Gateway:
         """`remaining_s` is the transport's deadline; the call's own counts when it is earlier.
 
         Raises `SessionLost`, `KeysMissing`, `ContainerError`, `Overloaded`,
-        `DeadlineExceeded`, `EvaluationFailed`, `AccessDenied`.
+        `DeadlineExceeded`, `EvaluationFailed`, `AccessDenied`, `ModelWithdrawn`.
         """
-        model, outcome, eval_s = "", "other", None
+        model, version, outcome, eval_s = "", "", "other", None
+        self._evaluating += 1
         try:
             session = self.sessions.use(call.session, identity)
-            model = session.entry.model
+            model, version = session.model, session.version
             result = await self._evaluate(session, call, remaining_s)
-            outcome, eval_s = "ok", result.eval_s
-            return result
+            outcome, eval_s, version = "ok", result.eval_s, result.version
+            self.models.answered[model, version] += 1
+            self.on_evaluated(result.queue_s, result.eval_s)
+            return replace(result, draining=True) if self.drain.on else result
         except TailError as error:
             outcome = type(error).__name__
             raise
@@ -137,12 +213,15 @@ class Gateway:
             outcome = "DeadlineExceeded"  # the caller gave up
             raise
         finally:
-            self.metrics.evaluated(model, outcome, eval_s)
+            self._evaluating -= 1
+            self.drain.used()
+            self.metrics.evaluated(model, outcome, eval_s, version)
 
     async def _evaluate(
         self, session: Session, call: EvaluateCall, remaining_s: float | None
     ) -> EvaluateResult:
-        entry = session.entry
+        entry = self.registry.find(session.model, session.version, session.program_id)
+        self.registry.admit(session.identity, session.model, session.version)
         if len(call.container) != entry.container_bytes:
             raise ContainerError(
                 f"the container has {len(call.container)} bytes, this program's have "
@@ -157,13 +236,20 @@ class Gateway:
 
         def submit() -> asyncio.Future[EvaluateResult]:
             path = self.keys.pin(session.identity, entry.program_id, session.key_sha256)
+            serving = self.registry.route(entry, call.request_id)
             try:
-                work = Work(entry.program_id, path, call.container)
+                work = Work(serving.name, path, call.container, serving.version)
                 future = self.queue.submit(session.identity, work, left_s)
             except BaseException:
                 self.keys.unpin(path)
                 raise
-            future.add_done_callback(lambda _: self.keys.unpin(path))
+            self.models.in_flight.begin(serving.name)
+
+            def done(_: object) -> None:
+                self.keys.unpin(path)
+                self.models.in_flight.end(serving.name)
+
+            future.add_done_callback(done)
             return future
 
         return await session.requests.run(call.request_id, call.container, left_s, submit, self.queue.abandon)
@@ -175,6 +261,9 @@ class Gateway:
             "models": [{"model": m, "version": v} for m, v in self.registry.models],
             "backend": self.config.backend,
             "restarts": self.pool.restarts,
+            "draining": self.drain.on,
+            "peers": self.exchange.addresses,
+            "keys": {"fetched": self.exchange.fetched, "given": self.exchange.given},
         }
 
     async def _sweep(self) -> None:

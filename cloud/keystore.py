@@ -1,12 +1,9 @@
-"""Evaluation keys on disk: uploaded in parts, checked aside, kept within a budget.
+"""Evaluation keys of a cell's clients: uploaded in parts, checked aside, kept within a budget.
 
 A key set is named by a hash over (identity, program, SHA-256 of the container):
-nobody reaches another's keys, not even by knowing their hash. Layout:
-
-    STATE/lock                   held while a cell runs on this directory
-    STATE/programs/ID.bt         what the checking process needs of a program
-    STATE/BACKEND/partial/NAME   bytes that have arrived, in order; resumable
-    STATE/BACKEND/ready/NAME     prepared keys: whole or absent (renamed into place)
+nobody reaches another's keys, not even by knowing their hash. Where the files lie
+is `cloud.keyfolder`'s business; beside the prepared keys the container stays, so
+that another cell can be given it.
 
 Everything here runs on the gateway's loop, except file writes and checks, which
 run on threads; a check itself is a child process. Files survive restarts. The
@@ -18,20 +15,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
-import hashlib
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
-from blindtail.bundle import CloudBundle
 from blindtail.errors import (
     BlindtailError,
-    ConfigError,
     ContainerError,
     KeysMissing,
     Overloaded,
@@ -40,7 +32,8 @@ from blindtail.errors import (
 from blindtail.wire import KeyState, KeyStatus
 from cloud import keycheck
 from cloud.config import KeyLimits
-from cloud.registry import Registry
+from cloud.keyfolder import KeyFolder, write_at
+from cloud.registry import Entry, Registry
 
 _log = logging.getLogger(__name__)
 #: For how long the reason of a refusal is remembered.
@@ -52,9 +45,10 @@ Check = Callable[[keycheck.Order, float], int]
 
 @dataclass
 class _Ready:
-    bytes: int
+    bytes: int  # prepared keys and their container
     used_s: float
     pins: int = 0
+    dropped: bool = False  # with its program; goes when the last pin does
 
 
 @dataclass
@@ -85,20 +79,54 @@ class KeyStore:
     ) -> None:
         self._limits, self._clock, self._check = limits, clock, check
         self._backend, self._registry = backend, registry
-        self._programs = root / "programs"
-        self._partials_dir = root / backend / "partial"
-        self._ready_dir = root / backend / "ready"
-        self._lock_file = self._prepare(root)
         self._ready: dict[str, _Ready] = {}
         self._partials: dict[str, _Partial] = {}
         self._refused: dict[str, tuple[str, float]] = {}
+        self._awaited: set[str] = set()  # asked of other cells
         self._tasks: set[asyncio.Task[None]] = set()
+        #: Called on the loop with (identity, program id, sha256) when an edge's upload is READY.
+        self.on_ready: Callable[[str, str, bytes], None] = lambda identity, program_id, sha256: None
+        self._folder = KeyFolder(root, backend, registry.entries)
+        self._known = {entry.program_id for entry in registry.entries}
         self._checkers = ThreadPoolExecutor(1, thread_name_prefix="key-check")
         try:
             self._scan()
-        except OSError as error:
+        except BaseException:
             self.release()
-            raise ConfigError(f"cannot use the state directory {root}: {error.strerror}") from error
+            raise
+
+    # -- programs ------------------------------------------------------------------
+
+    def know(self, entry: Entry) -> None:
+        """A program is served from now on: its keys can be checked. Blocks; raises `ConfigError`."""
+        self._folder.add_program(entry)
+        self._known.add(entry.program_id)
+
+    def forget_program(self, program_id: str) -> None:
+        """A program is served no more: its keys go, those in use when the last request is done."""
+        self._known.discard(program_id)
+        self._folder.drop_program(program_id)
+        for name in [n for n in self._partials if self._folder.is_of(n, program_id)]:
+            if not self._partials[name].checking:  # else its check drops it
+                self._drop_partial(name)
+        for name in [n for n in self._ready if self._folder.is_of(n, program_id)]:
+            entry = self._ready[name]
+            if entry.pins:
+                entry.dropped = True
+            else:
+                self._remove(name)
+
+    async def withdraw_program(self, program_id: str) -> None:
+        """As `forget_program`, but one key set at a time: to remove a large file takes milliseconds."""
+        names = [n for n in self._ready if self._folder.is_of(n, program_id)]
+        for name in names:
+            self._ready[name].dropped = True
+        for name in names:
+            entry = self._ready.get(name)
+            if entry is not None and not entry.pins:
+                self._remove(name)
+                await asyncio.sleep(0)
+        self.forget_program(program_id)
 
     # -- what the gateway asks -------------------------------------------------
 
@@ -107,9 +135,19 @@ class KeyStore:
         return sum(entry.bytes for entry in self._ready.values())
 
     def status(self, identity: str, program_id: str, sha256: bytes) -> KeyStatus:
-        name = self._name(identity, program_id, sha256)
-        if name in self._ready:
+        name = self._folder.name(identity, program_id, sha256)
+        held = self._held(name)
+        if held.state is KeyState.MISSING and name in self._awaited:
+            return KeyStatus(KeyState.CHECKING, held.received_bytes)
+        if held.state is KeyState.READY:
             return KeyStatus(KeyState.READY, self._registry.by_program(program_id).key_bytes)
+        return held
+
+    def _held(self, name: str) -> KeyStatus:
+        """As `status`, but keys that are on their way from another cell are still MISSING."""
+        entry = self._ready.get(name)
+        if entry is not None and not entry.dropped:
+            return KeyStatus(KeyState.READY, 0)
         partial = self._partials.get(name)
         if partial is not None:
             state = KeyState.CHECKING if partial.checking else KeyState.MISSING
@@ -121,13 +159,13 @@ class KeyStore:
 
     def pin(self, identity: str, program_id: str, sha256: bytes) -> Path:
         """The prepared file, kept until `unpin`. Raises `KeysMissing`."""
-        name = self._name(identity, program_id, sha256)
+        name = self._folder.name(identity, program_id, sha256)
         entry = self._ready.get(name)
-        path = self._ready_dir / name
+        path = self._folder.ready(name)
         if entry is not None and not path.exists():  # removed behind our back
-            del self._ready[name]
+            self._remove(name)
             entry = None
-        if entry is None:
+        if entry is None or entry.dropped:
             raise KeysMissing("the cloud does not hold these evaluation keys (any more): upload them again")
         entry.pins += 1
         entry.used_s = self._clock()
@@ -140,7 +178,30 @@ class KeyStore:
             entry.used_s = self._clock()
             with contextlib.suppress(OSError):
                 os.utime(path)  # the order of use survives a restart
+            if entry.dropped and entry.pins == 0:
+                self._remove(path.name)
             self._evict()
+
+    def container(self, identity: str, program_id: str, sha256: bytes) -> Path:
+        """The container of READY keys, for another cell. Raises `KeysMissing`.
+
+        It may be evicted while it is read: open it once, then read on.
+        """
+        name = self._folder.name(identity, program_id, sha256)
+        path = self._folder.raw(name)
+        if self._held(name).state is not KeyState.READY or not path.exists():
+            raise KeysMissing("this cell does not hold these evaluation keys")
+        return path
+
+    @contextlib.contextmanager
+    def awaiting(self, identity: str, program_id: str, sha256: bytes) -> Iterator[None]:
+        """Inside, these keys are CHECKING to their edge: another cell is asked for them."""
+        name = self._folder.name(identity, program_id, sha256)
+        self._awaited.add(name)
+        try:
+            yield
+        finally:
+            self._awaited.discard(name)
 
     async def receive(
         self,
@@ -150,8 +211,13 @@ class KeyStore:
         total_bytes: int,
         offset: int,
         pieces: AsyncIterator[bytes],
+        *,
+        from_cell: bool = False,
     ) -> KeyStatus:
         """Takes an upload's bytes from `offset` on; what arrived stays when it breaks off.
+
+        from_cell  another cell sends them for `identity`: checked like any, but neither given on
+                   nor, when they are refused, held against the edge
 
         Raises `ContainerError` (wrong size or offset), `Overloaded` (no room),
         `TailUnavailable` (a later upload of the same keys took over).
@@ -162,9 +228,10 @@ class KeyStore:
                 f"the key container has {total_bytes} bytes, this program's have {entry.key_bytes}: "
                 "make the keys again from the edge.bt of this version"
             )
-        name = self._name(identity, program_id, sha256)
+        name = self._folder.name(identity, program_id, sha256)
         status = self.status(identity, program_id, sha256)
-        if status.state in (KeyState.READY, KeyState.CHECKING):
+        settled = self._held(name).state if from_cell else status.state
+        if settled in (KeyState.READY, KeyState.CHECKING):
             return status
         partial = self._open_partial(name, identity)
         if offset != partial.received:
@@ -178,10 +245,11 @@ class KeyStore:
             await self._append(name, partial, writer, piece, total_bytes)
         if partial.received == total_bytes and partial.writer is writer:
             partial.checking = True
-            task = asyncio.create_task(self._verify(name, program_id, sha256))
+            owner = None if from_cell else identity
+            task = asyncio.create_task(self._verify(name, program_id, sha256, owner))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        return self.status(identity, program_id, sha256)
+        return self._held(name) if from_cell else self.status(identity, program_id, sha256)
 
     def evict_all(self) -> None:
         """Drops every key set that is not in use (an operator's tool, and tests')."""
@@ -198,14 +266,18 @@ class KeyStore:
             if now - since_s > _REFUSAL_S:
                 del self._refused[name]
 
+    async def checked(self) -> None:
+        """Waits until no check runs."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
     async def close(self) -> None:
         """Waits for a check that runs, then releases the directory."""
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.checked()
         self.release()
 
     def release(self) -> None:
         self._checkers.shutdown(wait=False, cancel_futures=True)
-        self._lock_file.close()
+        self._folder.release()
 
     # -- uploads -----------------------------------------------------------------
 
@@ -231,7 +303,7 @@ class KeyStore:
             if not piece:
                 return
             try:
-                await asyncio.to_thread(_write_at, self._partials_dir / name, partial.received, piece)
+                await asyncio.to_thread(write_at, self._folder.partial(name), partial.received, piece)
             except OSError as error:
                 self._drop_partial(name)
                 raise self._no_room(error) from error
@@ -246,38 +318,42 @@ class KeyStore:
 
     def _drop_partial(self, name: str) -> None:
         self._partials.pop(name, None)
-        _unlink(self._partials_dir / name)
+        self._folder.drop_partial(name)
 
-    async def _verify(self, name: str, program_id: str, sha256: bytes) -> None:
+    async def _verify(self, name: str, program_id: str, sha256: bytes, owner: str | None) -> None:
         order = keycheck.Order(
-            bundle=str(self._programs / f"{program_id}.bt"),
+            bundle=str(self._folder.program(program_id)),
             backend=self._backend,
-            source=str(self._partials_dir / name),
-            target=str(self._ready_dir / name),
+            source=str(self._folder.partial(name)),
+            target=str(self._folder.ready(name)),
             sha256=sha256.hex(),
             cpu_s=int(self._limits.check_timeout_s) + 1,
             memory_bytes=self._limits.check_memory_bytes,
         )
         loop = asyncio.get_running_loop()
         try:
-            size = await loop.run_in_executor(
-                self._checkers, self._check, order, self._limits.check_timeout_s
-            )
-            size = (self._ready_dir / name).stat().st_size
+            await loop.run_in_executor(self._checkers, self._check, order, self._limits.check_timeout_s)
+            if program_id not in self._known:
+                raise ContainerError("the cloud has withdrawn the model that these keys are for")
+            size = self._folder.keep(name)
             if size > self._limits.budget_bytes:
-                _unlink(self._ready_dir / name)
                 _log.error("one key set takes %d bytes, more than keys.budget_bytes", size)
                 raise ContainerError("prepared, the keys are larger than this cell's whole key budget")
         except (BlindtailError, OSError) as error:
-            _unlink(self._ready_dir / name)
+            self._folder.drop_ready(name)
             reason = str(error) if isinstance(error, BlindtailError) else "the cloud could not store the keys"
-            self._refused[name] = (reason[:500], self._clock())
+            if owner is not None:
+                self._refused[name] = (reason[:500], self._clock())
+            else:  # bytes of another cell say nothing about the edge, which may upload its own
+                _log.warning("keys from another cell were refused: %s", reason)
         except BaseException:
-            _unlink(self._ready_dir / name)
+            self._folder.drop_ready(name)
             raise
         else:
             self._ready[name] = _Ready(size, self._clock())
             self._evict(keep=name)
+            if owner is not None:
+                self.on_ready(owner, program_id, sha256)
         finally:
             self._drop_partial(name)
 
@@ -296,74 +372,18 @@ class KeyStore:
 
     def _remove(self, name: str) -> None:
         self._ready.pop(name, None)
-        _unlink(self._ready_dir / name)
-
-    # -- the directory -------------------------------------------------------------
-
-    def _name(self, identity: str, program_id: str, sha256: bytes) -> str:
-        digest = hashlib.sha256(b"blindtail-keys-1")
-        for part in (identity.encode(), program_id.encode(), sha256):
-            digest.update(len(part).to_bytes(8, "little") + part)
-        return digest.hexdigest()
-
-    def _prepare(self, root: Path) -> IO[bytes]:
-        try:
-            for folder in (root, self._programs, self._partials_dir, self._ready_dir):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = open(root / "lock", "wb")  # noqa: SIM115
-        except OSError as error:
-            raise ConfigError(
-                f"cannot use the state directory {root}: {error.strerror}; name another with --state-dir"
-            ) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise ConfigError(
-                f"another cell runs on the state directory {root}: stop it, or name another with --state-dir"
-            ) from error
-        try:
-            for entry in self._registry.entries:
-                path = self._programs / f"{entry.program_id}.bt"
-                CloudBundle(entry.model, entry.version, {0: entry.program}).save(path)
-        except (OSError, BlindtailError) as error:
-            lock.close()
-            raise ConfigError(f"cannot write to the state directory {root}: {error}") from error
-        return lock
+        self._folder.drop_ready(name)
 
     def _scan(self) -> None:
-        """What an earlier run left: whole files are taken over, the rest is removed."""
+        """Takes over what an earlier run left. Raises `ConfigError`."""
         now = self._clock()
-        found = sorted((p for p in self._ready_dir.iterdir()), key=lambda p: p.stat().st_mtime)
-        for index, path in enumerate(found):
-            if len(path.name) != 64:  # a temporary file of a check that died
-                _unlink(path)
-                continue
-            self._ready[path.name] = _Ready(path.stat().st_size, now - 1e-3 * (len(found) - index))
-        for path in self._partials_dir.iterdir():
+        found = self._folder.scan()
+        for index, (name, size) in enumerate(found.ready.items()):
+            self._ready[name] = _Ready(size, now - 1e-3 * (len(found.ready) - index))
+        for name, received in found.partial.items():
             # Its owner is not in the name; bytes are kept for whoever can name them.
-            self._partials[path.name] = _Partial("", path.stat().st_size, now)
+            self._partials[name] = _Partial("", received, now)
         self._evict()
-
-
-def _write_at(path: Path, offset: int, piece: bytes) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
-    try:
-        os.ftruncate(handle, offset)  # bytes of a write that was cut short
-        view = memoryview(piece)
-        while view:
-            written = os.pwrite(handle, view, offset)
-            offset += written
-            view = view[written:]
-    finally:
-        os.close(handle)
-
-
-def _unlink(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        _log.error("cannot remove a file of the key store: %s", error.strerror)
 
 
 __all__ = ["Check", "KeyStore"]

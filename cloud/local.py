@@ -23,7 +23,9 @@ from prometheus_client import CollectorRegistry
 from blindtail.bundle import CloudBundle
 from blindtail.errors import StateError
 from blindtail.metrics import CloudMetrics
+from blindtail.wire.cell import DrainStatus
 from cloud.config import Backend, CloudConfig
+from cloud.control import CellControl
 from cloud.evaluators import LocalPool, Pool
 from cloud.gateway import Gateway
 from cloud.registry import Registry, open_bundles
@@ -35,7 +37,7 @@ _T = TypeVar("_T")
 class LocalCell:
     """A context manager; also `start` and `stop`, any number of times: keys survive.
 
-    models     paths of `cloud.bt` files, or opened bundles
+    models     paths of `cloud.bt` files, or opened bundles; none: models are pushed
     config     further settings; models, backend, state_dir and evaluators given here win
     pool_of    another kind of evaluators (tests)
     """
@@ -69,6 +71,7 @@ class LocalCell:
         self._pool_of = pool_of or self._local_pool
         self.metrics = CloudMetrics(registry or CollectorRegistry())
         self.gateway: Gateway | None = None
+        self.control: CellControl | None = None
         self.port = self.config.port
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -112,6 +115,25 @@ class LocalCell:
             return await function()
 
         return asyncio.run_coroutine_threadsafe(run(), self._loop).result(timeout_s)
+
+    def drain(self, grace_s: float | None = None) -> DrainStatus:
+        """Sends edges away; returns when they have gone, or after the grace (None = the settings')."""
+        longest_s = self.config.drain_grace_s if grace_s is None else grace_s
+        return self.call(lambda: self._running.drain.begin(grace_s), longest_s + 60.0)
+
+    def resume(self) -> DrainStatus:
+        """Edges are welcome again."""
+
+        async def resume() -> DrainStatus:
+            return self._running.drain.end()
+
+        return self.call(resume)
+
+    @property
+    def _running(self) -> Gateway:
+        if self.gateway is None:
+            raise StateError("this cell is not running")
+        return self.gateway
 
     def evict_keys(self) -> None:
         """Drops all keys that are not in use, as a full budget would."""
@@ -157,12 +179,18 @@ class LocalCell:
         try:
             await gateway.start()
             self.port = await server.start()
+            self.control = CellControl.of(gateway, self.port)
+            if self.control is not None:
+                self.control.start()
         except BaseException:
             await gateway.close()
             raise
         self.gateway, self._server = gateway, server
 
     async def _stop(self, grace_s: float) -> None:
+        if self.control is not None:
+            await asyncio.to_thread(self.control.close)
+            self.control = None
         if self._server is not None:
             await self._server.stop(grace_s)
         if self.gateway is not None:

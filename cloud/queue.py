@@ -43,6 +43,10 @@ class Predictor:
             value = self._learned[program_id] = max(self._prior(program_id), 1e-4)
         return value
 
+    def forget(self, program_id: str) -> None:
+        """The program is served no more."""
+        self._learned.pop(program_id, None)
+
     def learn(self, program_id: str, eval_s: float) -> None:
         old = self(program_id)
         # One outlier (a page fault, a stopped process) must not distort fairness.
@@ -125,7 +129,7 @@ class Queue:
             now,
             now + min(remaining_s, self._limits.max_wait_s),
             asyncio.get_running_loop().create_future(),
-            affinity=(work.program_id, work.keys),
+            affinity=work.keys,  # loaded once for all versions that answer for one
         )
         if own is None:  # a flow exists exactly while it has jobs
             own = self._flows[identity] = _Flow()
@@ -255,7 +259,7 @@ class Queue:
             # Waiting beside a running evaluation is queueing as well.
             queue_s = max(0.0, self._clock() - job.enqueued_s - eval_s)
             self._on_wait(queue_s)
-            outcome = EvaluateResult(reply, queue_s, eval_s, member.name)
+            outcome = EvaluateResult(reply, queue_s, eval_s, member.name, version=job.work.version)
         except TailError as error:
             outcome = error
         except EvaluatorGone as error:

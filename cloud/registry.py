@@ -1,119 +1,187 @@
-"""The models of a cell: which programs it holds, by name, version and program id."""
+"""The models of a cell: which program answers which request, and for whom.
+
+Holds one `Catalogue` at a time and tables made of it. Lives on the gateway's
+loop: a lookup sees the old catalogue or the new one, never a mixture.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from blindtail.bundle import CloudBundle
-from blindtail.errors import BundleError, ConfigError, ProgramMismatch
-from blindtail.he.container import HEADER_BYTES
+from blindtail.errors import AccessDenied, BundleError, ModelWithdrawn, ProgramMismatch
 from blindtail.he.program import Program
-from blindtail.he.spec import TailSpec
+from blindtail.identity import Identity, allowed
+from cloud.catalogue import Catalogue, Entry, Version, container_bytes
 
 
-def container_bytes(spec: TailSpec, backend: str) -> int:
-    """Exact size of the container that a backend accepts for evaluation."""
-    return HEADER_BYTES + 8 * spec.parameters.slots if backend == "clear" else spec.uplink_bytes
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """Who answers: a program under the id that an edge encrypted for.
 
+    `name` is what evaluators know it by: the program's id, or "EDGE'S-ID:OWN-ID"
+    when it stands in for another version's.
+    """
 
-@dataclass(frozen=True)
-class Entry:
-    """One program of one model's version, with the sizes that its bytes must have."""
-
-    model: str
+    name: str
     version: str
-    cut: int
-    program: Program
-    container_bytes: int
-    key_bytes: int
+    predicted_s: float
 
-    @property
-    def program_id(self) -> str:
-        return self.program.spec.program_id
+
+def draw(model: str, version: str, request_id: bytes) -> float:
+    """A number in [0, 1) that belongs to a request for good; independent for every canary."""
+    digest = hashlib.sha256(f"{model}\0{version}\0".encode() + request_id).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / (1 << 53)
 
 
 class Registry:
-    """Immutable after construction. Raises `ConfigError` when two files contradict each other."""
+    """What is served now. Raises `ConfigError` when two of the `bundles` contradict each other."""
 
-    def __init__(self, bundles: Iterable[CloudBundle], backend: str) -> None:
-        self._versions: dict[tuple[str, str], dict[str, Entry]] = {}
-        self._programs: dict[str, Entry] = {}
-        for bundle in bundles:
-            name = (bundle.model, bundle.version)
-            if name in self._versions:
-                raise ConfigError(
-                    f"model {bundle.model!r}, version {bundle.version!r} is given twice: "
-                    "name each cloud.bt once"
-                )
-            self._versions[name] = {}
-            for cut, program in bundle.programs.items():
-                spec = program.spec
-                entry = Entry(
-                    bundle.model, bundle.version, cut, program, container_bytes(spec, backend), spec.key_bytes
-                )
-                self._versions[name][entry.program_id] = entry
-                self._programs.setdefault(entry.program_id, entry)
-        if not self._programs:
-            raise ConfigError("a cell needs at least one cloud.bt to serve")
+    def __init__(self, bundles: Iterable[CloudBundle] = (), backend: str = "seal") -> None:
+        self.largest_container_bytes = 0
+        self.adopt(Catalogue.of(bundles, backend))
+
+    def adopt(self, catalogue: Catalogue) -> None:
+        """From now on this is served."""
+        self.catalogue = catalogue
+        self._by_program: dict[str, list[Version]] = {}
+        self._servings: dict[str, Serving] = {}
+        self._programs: dict[str, Program] = {}
+        # (model, version, program id) -> (share, who gets it), in the order they are asked.
+        self._canaries: dict[tuple[str, str, str], list[tuple[float, Serving]]] = {}
+        for version in catalogue.versions.values():
+            for program_id, entry in version.entries.items():
+                self._by_program.setdefault(program_id, []).append(version)
+                self._add(program_id, entry)
+        for model in {m for m, _ in catalogue.versions}:
+            self._add_canaries(model)
+        # Never falls: edges of a version that was dropped shall hear that, not that they send too much.
+        largest = max((entry.container_bytes for entry in self.entries), default=0)
+        self.largest_container_bytes = max(largest, self.largest_container_bytes)
+
+    def _add(self, name: str, entry: Entry) -> Serving:
+        self._programs.setdefault(name, entry.program)
+        return self._servings.setdefault(name, Serving(name, entry.version, entry.predicted_s))
+
+    def _add_canaries(self, model: str) -> None:
+        versions = self.catalogue.of_model(model)
+        for rule in self.catalogue.rules(model):
+            for over in rule.over:
+                for entry in versions[over].entries.values():
+                    own = versions[rule.version].counterpart(entry)
+                    if own is None:
+                        continue
+                    name = own.program_id
+                    if name != entry.program_id:
+                        name = f"{entry.program_id}:{name}"
+                    self._add(name, own)
+                    serving = Serving(name, own.version, own.predicted_s)
+                    self._canaries.setdefault((model, over, entry.program_id), []).append(
+                        (rule.share, serving)
+                    )
 
     @property
     def programs(self) -> dict[str, Program]:
-        """Program id -> program."""
-        return {program_id: entry.program for program_id, entry in self._programs.items()}
+        """What evaluators must hold: name of a serving -> program."""
+        return dict(self._programs)
 
     @property
     def entries(self) -> Sequence[Entry]:
-        return [entry for entries in self._versions.values() for entry in entries.values()]
+        return [entry for version in self.catalogue.versions.values() for entry in version.entries.values()]
 
     @property
     def models(self) -> list[tuple[str, str]]:
         """(model, version) of everything served."""
-        return list(self._versions)
+        return list(self.catalogue.versions)
 
-    @property
-    def largest_container_bytes(self) -> int:
-        return max(entry.container_bytes for entry in self._programs.values())
+    def predicted_s(self, name: str) -> float:
+        """Server seconds of one evaluation of a serving, by name; 0 for one that is served no more."""
+        serving = self._servings.get(name)
+        return 0.0 if serving is None else serving.predicted_s
 
     def find(self, model: str, version: str, program_id: str) -> Entry:
-        """Raises `ProgramMismatch` with both sides' versions and what to do."""
-        here = sorted(v for m, v in self._versions if m == model)
-        if not here:
-            known = ", ".join(sorted({m for m, _ in self._versions}))
-            raise ProgramMismatch(
-                f"the cloud does not serve model {model!r} (it serves {known}): load its cloud.bt there, "
-                "or dial a cell that has it"
-            )
-        entries = self._versions.get((model, version))
-        if entries is None:
-            raise ProgramMismatch(
-                f"the edge holds {model!r} version {version}, the cloud holds version {', '.join(here)}: "
-                "give both sides the edge.bt and cloud.bt of one packing"
-            )
-        entry = entries.get(program_id)
+        """Raises `ModelWithdrawn` or `ProgramMismatch` with both sides' versions and what to do."""
+        found = self.catalogue.versions.get((model, version))
+        if found is None:
+            raise self._unknown(model, version)
+        entry = found.entries.get(program_id)
         if entry is None:
-            held = ", ".join(known_id[:12] for known_id in entries)
+            held = ", ".join(known_id[:12] for known_id in found.entries)
             raise ProgramMismatch(
                 f"edge and cloud both hold {model!r} version {version}, but the edge's tail is program "
                 f"{program_id[:12]} and the cloud's is {held}: pack the model again and give both files out"
             )
         return entry
 
-    def by_program(self, program_id: str) -> Entry:
-        """Raises `ProgramMismatch` when no model here has this program."""
-        entry = self._programs.get(program_id)
-        if entry is None:
-            raise ProgramMismatch(
-                f"the cloud holds no program {program_id[:12]}: register first, it says what is held instead"
+    def _unknown(self, model: str, version: str) -> ProgramMismatch:
+        here = sorted(self.catalogue.of_model(model))
+        if (model, version) in self.catalogue.withdrawn:
+            instead = f"version {', '.join(here)} is served instead" if here else "no other version is served"
+            return ModelWithdrawn(
+                f"the cloud's operator has withdrawn {model!r} version {version}; {instead}. The device goes "
+                "on answering from its exits: give it the edge.bt of a version that is served"
             )
+        if here:
+            return ProgramMismatch(
+                f"the edge holds {model!r} version {version}, the cloud holds version {', '.join(here)}: "
+                "give both sides the edge.bt and cloud.bt of one packing"
+            )
+        known = ", ".join(sorted({m for m, _ in self.catalogue.versions}))
+        if not known:
+            return ProgramMismatch(
+                f"the cloud does not serve model {model!r}, nor any other yet: its operator pushes one with "
+                "`blindtail model push cloud.bt`"
+            )
+        return ProgramMismatch(
+            f"the cloud does not serve model {model!r} (it serves {known}): load its cloud.bt there, "
+            "or dial a cell that has it"
+        )
+
+    def by_program(self, program_id: str) -> Entry:
+        """Raises `ModelWithdrawn` or `ProgramMismatch` when no model here has this program."""
+        versions = self._by_program.get(program_id)
+        if versions is not None:
+            return versions[0].entries[program_id]
+        for (model, version), programs in self.catalogue.withdrawn.items():
+            if program_id in programs:
+                raise self._unknown(model, version)
+        raise ProgramMismatch(
+            f"the cloud holds no program {program_id[:12]}: register first, it says what is held instead"
+        )
+
+    # -- who may, and who answers -----------------------------------------------------
+
+    def admit(self, identity: str, model: str, version: str) -> None:
+        """Raises `AccessDenied` unless the version is for this identity."""
+        found = self.catalogue.versions.get((model, version))
+        if found is not None and not allowed(Identity(None, identity), found.allow):
+            raise AccessDenied(
+                f"{model!r} version {version} is not for {identity}: ask the cloud's operator to push it "
+                "with an --allow pattern that matches"
+            )
+
+    def admit_to_program(self, identity: str, program_id: str) -> Entry:
+        """As `admit`, for calls that name a program alone: some version that has it must be allowed."""
+        entry = self.by_program(program_id)
+        versions = self._by_program[program_id]
+        if not any(allowed(Identity(None, identity), version.allow) for version in versions):
+            self.admit(identity, versions[0].model, versions[0].version)
         return entry
+
+    def route(self, entry: Entry, request_id: bytes) -> Serving:
+        """Who answers this request of an edge that holds `entry`. The same id gets the same answer
+        as long as shares stay as they are."""
+        for share, serving in self._canaries.get((entry.model, entry.version, entry.program_id), ()):
+            if draw(entry.model, serving.version, request_id) < share:
+                return serving
+        return Serving(entry.program_id, entry.version, entry.predicted_s)
 
 
 def open_bundles(paths: Sequence[Path]) -> list[CloudBundle]:
-    """Raises `BundleError` naming the file, `ConfigError` when there is none."""
-    if not paths:
-        raise ConfigError("name at least one cloud.bt to serve")
+    """Raises `BundleError` naming the file."""
     bundles = []
     for path in paths:
         if not path.is_file():
@@ -122,4 +190,4 @@ def open_bundles(paths: Sequence[Path]) -> list[CloudBundle]:
     return bundles
 
 
-__all__ = ["Entry", "Registry", "container_bytes", "open_bundles"]
+__all__ = ["Entry", "Registry", "Serving", "container_bytes", "draw", "open_bundles"]

@@ -21,11 +21,16 @@ from cloud.requests import Requests
 
 @dataclass
 class Session:
-    """One client's registration. `last_used_s` is on the gateway's monotonic clock."""
+    """One client's registration. `last_used_s` is on the gateway's monotonic clock.
+
+    Names what it is for, and holds none of it: versions come and go.
+    """
 
     id: bytes
     identity: str
-    entry: Entry
+    model: str
+    version: str
+    program_id: str
     key_sha256: bytes
     last_used_s: float
     requests: Requests = field(repr=False)
@@ -57,7 +62,14 @@ class Sessions:
             self._forget(next(iter(self._all.values())))
         now = self._clock()
         session = Session(
-            self._random_bytes(SESSION_BYTES), identity, entry, key_sha256, now, Requests(self._clock)
+            self._random_bytes(SESSION_BYTES),
+            identity,
+            entry.model,
+            entry.version,
+            entry.program_id,
+            key_sha256,
+            now,
+            Requests(self._clock),
         )
         self._all[session.id] = session
         self._by_identity.setdefault(identity, OrderedDict())[session.id] = session
@@ -75,6 +87,19 @@ class Sessions:
         self._all.move_to_end(session_id)
         self._by_identity[identity].move_to_end(session_id)
         return session
+
+    def used_since(self, since_s: float) -> int:
+        """How many were opened or used since then, a time on the clock."""
+        count = 0
+        for session in reversed(self._all.values()):
+            if session.last_used_s < since_s:
+                break
+            count += 1
+        return count
+
+    def count(self, model: str, version: str) -> int:
+        """Open sessions of one version's edges."""
+        return sum((s.model, s.version) == (model, version) for s in self._all.values())
 
     def sweep(self) -> None:
         """Forgets what has not been used for `idle_s`; cheap when there is nothing to forget."""

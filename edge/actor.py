@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import ray
 from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry
 
+from blindtail.bundle import EdgeBundle
+from blindtail.errors import ConfigError
+from blindtail.metrics import EdgeMetrics, expiry, serve_metrics
 from blindtail.records import Answer
 from edge.config import EdgeConfig
 from edge.runtime import EdgeRuntime
+
+_log = logging.getLogger(__name__)
 
 
 class EdgeActor:
     """Answers images; knows no more than an `EdgeRuntime` does. Restarted when it dies.
 
-    Several actors of a site share one state directory, and so one key set.
+    Several actors of a site share one state directory, and so one key set. `index`
+    is the actor's place in the site: its metrics have a port of their own.
     """
 
-    def __init__(self, config: EdgeConfig) -> None:
-        self._runtime = EdgeRuntime.open(config.model, **config.runtime_settings())
+    def __init__(self, config: EdgeConfig, index: int = 0) -> None:
+        bundle = EdgeBundle.open(config.model)
+        registry = CollectorRegistry()
+        metrics = EdgeMetrics(registry, bundle.model)
+        if config.tls is not None:
+            metrics.watch_certificate(expiry(config.tls.certificate))
+        self._runtime = EdgeRuntime.open(bundle, metrics=metrics, **config.runtime_settings())
+        self._stop_metrics = _serve(config.metrics_host, config.metrics_port_of(index), registry)
 
     async def pid(self) -> int:
         return os.getpid()
@@ -43,10 +58,22 @@ class EdgeActor:
         return status
 
     async def close(self) -> None:
+        await asyncio.to_thread(self._stop_metrics)
         await asyncio.to_thread(self._runtime.close)
 
 
-def start_actor(name: str, config: EdgeConfig) -> Any:
-    """A handle to a new EdgeActor in the Ray cluster of this process."""
+def _serve(host: str, port: int, registry: CollectorRegistry) -> Callable[[], None]:
+    """Serves metrics where that can be; a restarted actor answers images also where it cannot."""
+    if not port:
+        return lambda: None
+    try:
+        return serve_metrics(host, port, registry)
+    except ConfigError as error:
+        _log.error("%s", error)
+        return lambda: None
+
+
+def start_actor(name: str, config: EdgeConfig, index: int = 0) -> Any:
+    """A handle to a new EdgeActor in the Ray cluster of this process; `index` is its place in the site."""
     options = {"name": name, "num_cpus": 0, "max_restarts": 3, "max_task_retries": 1}
-    return ray.remote(**options)(EdgeActor).remote(config)
+    return ray.remote(**options)(EdgeActor).remote(config, index)

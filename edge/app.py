@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from blindtail.bundle import EdgeBundle
 from blindtail.errors import ConfigError, StateError
+from blindtail.metrics import check_metrics_port
 from blindtail.records import Answer
 from edge.config import EdgeConfig
 
@@ -106,14 +107,17 @@ def run_site(
               "actors": [{"name", "pid"}], "ready", "pid"}
     statuses  gets every actor's status at the end
 
-    Records come as answers complete, not in order: {"index", "label", "at_s",
-    "actor"} and the fields of `blindtail.records.Answer`, with the answer's own
-    label as "predicted". At most `in_flight` images per actor are on the way. The
+    Records come as answers complete, not in order: {"index", "label", "at_s" (since
+    the first image), "monotonic_s" (the host's clock), "actor"} and the fields of
+    `blindtail.records.Answer`, with the answer's own label as "predicted". At most
+    `in_flight` images per actor are on the way. The
     cluster ends with the iterator. Raises `ConfigError` and `BundleError` before
     anything starts, `InputError` for an image that does not fit the model.
     """
     EdgeBundle.open(config.model)
     config.credentials()
+    for port in filter(None, map(config.metrics_port_of, range(config.actors))):
+        check_metrics_port(config.metrics_host, port)
     if len(images) == 0:
         raise ConfigError("there are no images to answer")
     # SIGTERM twice: `ray.init` replaces our handler with one of its own.
@@ -122,7 +126,7 @@ def run_site(
 
         from edge.actor import start_actor
 
-        actors = [start_actor(f"edge-{i}", config) for i in range(config.actors)]
+        actors = [start_actor(f"edge-{i}", config, i) for i in range(config.actors)]
         pids = ray.get([a.pid.remote() for a in actors])
         ready = False
         if config.ready_timeout_s:
@@ -144,33 +148,38 @@ def _drive(
     labels: Sequence[int] | NDArray[Any] | None,
     config: EdgeConfig,
 ) -> Iterator[dict[str, Any]]:
-    """Keeps every actor busy with at most `in_flight` images."""
+    """Keeps every actor busy with at most `in_flight` images, and no faster than they come."""
     import ray
 
     start_s = time.monotonic()
+    period_s = 0.0 if config.images_per_s is None else 1.0 / config.images_per_s
     waiting: dict[Any, tuple[int, int]] = {}  # reference -> (image, actor)
     free = [i for i in range(len(actors)) for _ in range(config.in_flight)]
-    coming = iter(range(len(images)))
-    exhausted = False
-    while waiting or not exhausted:
-        while free and not exhausted:
-            index = next(coming, None)
-            if index is None:
-                exhausted = True
+    coming = 0  # index of the image that comes next
+    while waiting or coming < len(images):
+        wait_s = None  # until an answer comes
+        while free and coming < len(images):
+            wait_s = start_s + coming * period_s - time.monotonic()
+            if wait_s > 0:
                 break
+            wait_s = None
             actor = free.pop(0)
-            image = np.ascontiguousarray(images[index])
-            waiting[actors[actor].infer.remote(image)] = (index, actor)
+            image = np.ascontiguousarray(images[coming])
+            waiting[actors[actor].infer.remote(image)] = (coming, actor)
+            coming += 1
         if not waiting:
-            break
-        for reference in ray.wait(list(waiting), num_returns=1)[0]:
+            time.sleep(wait_s or 0.0)
+            continue
+        for reference in ray.wait(list(waiting), num_returns=1, timeout=wait_s)[0]:
             index, actor = waiting.pop(reference)
             free.append(actor)
             answer: Answer = ray.get(reference)
+            now_s = time.monotonic()
             yield {
                 "index": index,
                 "label": None if labels is None else int(labels[index]),
-                "at_s": time.monotonic() - start_s,
+                "at_s": now_s - start_s,
+                "monotonic_s": now_s,
                 "actor": actor,
                 **answer_fields(answer),
             }

@@ -13,20 +13,31 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from blindtail.bundle import EdgeBundle
-from blindtail.config import load_config
+from blindtail.config import assignments, load_config
 from blindtail.errors import ConfigError, InputError
 from blindtail.records import Answer
 from edge.config import EdgeConfig
+
+#: How long one image waits for an orchestrator; the policy it sent last holds without it.
+_ATTACH_S = 3.0
 
 Config = Annotated[
     Path | None,
     typer.Option("--config", help="TOML file of settings (see edge.config.EdgeConfig); flags win over it."),
 ]
 Cloud = Annotated[
-    str | None, typer.Option("--cloud", help="host:port of the cloud. Without it, exits alone answer.")
+    str | None,
+    typer.Option(
+        "--cloud", help="host:port of the cloud, several with commas. Without it, exits alone answer."
+    ),
+]
+Orchestrator = Annotated[
+    str | None,
+    typer.Option("--orchestrator", help="host:port of who hands down policies and objectives."),
 ]
 Plaintext = Annotated[
-    bool, typer.Option("--plaintext", help="No TLS. Accepted for a cloud on this very host only.")
+    bool,
+    typer.Option("--plaintext", help="No TLS. Accepted for a cloud and an orchestrator on this host only."),
 ]
 Ca = Annotated[
     Path | None, typer.Option("--ca", help="PEM of the authority that signed the cloud's certificate.")
@@ -79,6 +90,7 @@ def infer_command(
         ),
     ],
     cloud: Cloud = None,
+    orchestrator: Orchestrator = None,
     plaintext: Plaintext = False,
     ca: Ca = None,
     certificate: Certificate = None,
@@ -121,9 +133,10 @@ def infer_command(
         config,
         model=model,
         cloud=cloud,
+        orchestrator=orchestrator,
         plaintext=plaintext or None,
         policy=policy,
-        policy_parameters=_parameters(parameters),
+        policy_parameters=assignments(parameters) if parameters else None,
         deadline_s=deadline,
         state_dir=state_dir,
         uplink_bps=uplink_bps,
@@ -134,6 +147,8 @@ def infer_command(
     bundle = EdgeBundle.open(settings.model)
     pixels, true_label = _one_image(bundle, image)
     with EdgeRuntime.open(bundle, **settings.runtime_settings()) as runtime:
+        if settings.orchestrator is not None:
+            runtime.wait_attached(min(_ATTACH_S, settings.ready_timeout_s))
         if settings.cloud is not None and settings.ready_timeout_s:
             with _spinner("making and uploading keys, or finding them in place"):
                 runtime.wait_ready(settings.ready_timeout_s)
@@ -144,9 +159,13 @@ def infer_command(
     problems = {cut: t.problem for cut, t in status.tails.items() if t.problem}
     if as_json:
         fields = {"image": image, "label": true_label, **answer_fields(answer)}
-        print(json.dumps({**fields, "problems": problems}, indent=2))
+        followed = {"policy": status.policy, "orchestrator": status.orchestrator}
+        print(json.dumps({**fields, **followed, "problems": problems}, indent=2))
         return
     print(_describe(answer, bundle))
+    if status.orchestrator:
+        whose = f"version {status.policy_version}" if status.policy_version else "this device's own"
+        print(f"policy {status.policy}, {whose}; orchestrator {status.orchestrator}")
     for cut, problem in problems.items():
         print(f"tail at cut {cut}: {problem}", file=sys.stderr)
 
@@ -172,6 +191,7 @@ def edge_command(
         int | None, typer.Option("--actors", help="Runtimes that answer side by side; default 1.")
     ] = None,
     cloud: Cloud = None,
+    orchestrator: Orchestrator = None,
     plaintext: Plaintext = False,
     ca: Ca = None,
     certificate: Certificate = None,
@@ -189,6 +209,13 @@ def edge_command(
         Path | None,
         typer.Option(
             "--announce", help="File that gets cluster, actors and pids as JSON once the site is up."
+        ),
+    ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            "--metrics-port",
+            help="Serve Prometheus metrics: first actor on this port, the next one higher (default: off).",
         ),
     ] = None,
     config: Config = None,
@@ -215,14 +242,16 @@ def edge_command(
         config,
         model=model,
         cloud=cloud,
+        orchestrator=orchestrator,
         plaintext=plaintext or None,
         policy=policy,
-        policy_parameters=_parameters(parameters),
+        policy_parameters=assignments(parameters) if parameters else None,
         deadline_s=deadline,
         state_dir=state_dir,
         uplink_bps=uplink_bps,
         backend=backend,
         actors=actors,
+        metrics_port=metrics_port,
         **_tls(ca, certificate, key),
     )
     pixels, labels = read_set(EdgeBundle.open(settings.model), data, split)
@@ -269,22 +298,6 @@ def _tls(ca: Path | None, certificate: Path | None, key: Path | None) -> dict[st
     if any(given.values()) and not all(given.values()):
         raise ConfigError("mutual TLS needs all three: --ca, --certificate and --key")
     return given
-
-
-def _parameters(given: list[str] | None) -> dict[str, Any] | None:
-    """NAME=VALUE pairs; a value is JSON, or text when it is no JSON."""
-    if not given:
-        return None
-    result: dict[str, Any] = {}
-    for pair in given:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ConfigError(f"--set takes NAME=VALUE, not {pair!r}")
-        try:
-            result[name.strip()] = json.loads(value)
-        except ValueError:
-            result[name.strip()] = value
-    return result
 
 
 def _one_image(bundle: EdgeBundle, image: str) -> tuple[Any, int | None]:

@@ -8,24 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from blindtail.errors import ConfigError
-from blindtail.rpc import INSECURE_LOOPBACK, ClientTls, Credentials, split_address
+from blindtail.rpc import INSECURE_LOOPBACK, ClientTlsFiles, Credentials, split_address
+from edge.cells import split_addresses
 from edge.cipher import check_backend
 from orchestrator.policy import make_policy
-
-
-@dataclass(frozen=True)
-class TlsFiles:
-    """PEM files of mutual TLS. `server_name`: the name in the cloud's certificate, if it is not the host."""
-
-    ca: Path
-    certificate: Path
-    key: Path
-    server_name: str | None = None
-
-    def read(self) -> ClientTls:
-        """Raises `ConfigError` naming the file that cannot be read."""
-        ca, certificate, key = (_pem(path) for path in (self.ca, self.certificate, self.key))
-        return ClientTls(ca, certificate, key, self.server_name)
 
 
 @dataclass(frozen=True)
@@ -33,9 +19,12 @@ class EdgeConfig:
     """An edge site. Every field is a TOML setting of the same name.
 
     model              edge.bt
-    cloud              host:port of the cloud; absent = the site works alone
-    plaintext          no TLS; accepted for a cloud on this very host only
-    tls                PEM files of mutual TLS; absent = TLS with the system's roots
+    cloud              host:port of the cloud, several with commas between them or as a list: the first is
+                       preferred, the others are for when it is away; absent = the site works alone
+    orchestrator       host:port of who hands down policies and objectives; absent = none
+    plaintext          no TLS; accepted for a cloud and an orchestrator on this very host only
+    tls                PEM files of mutual TLS (ca, certificate, key, server_name), read again when they
+                       change; absent = TLS with the system's roots
     policy             deadline, threshold, edge-only or cloud-only
     policy_parameters  the policy's own settings
     deadline_s         deadline of every image, seconds; absent = none
@@ -45,13 +34,18 @@ class EdgeConfig:
     threads            threads per stage of the head
     actors             runtimes that answer side by side
     in_flight          images that one actor works on at once
+    images_per_s       how fast images come, all actors together; absent = as fast as they are answered
     ready_timeout_s    how long to wait for keys before the first image; 0 = not at all
+    metrics_port       Prometheus over HTTP: the first actor's port, the next one's is one higher, and so
+                       on; absent or 0 = off
+    metrics_host       where those ports listen; what they show is in docs/metrics.md
     """
 
     model: Path
-    cloud: str | None = None
+    cloud: str | tuple[str, ...] | None = None
+    orchestrator: str | None = None
     plaintext: bool = False
-    tls: TlsFiles | None = None
+    tls: ClientTlsFiles | None = None
     policy: str = "deadline"
     policy_parameters: dict[str, Any] = field(default_factory=dict)
     deadline_s: float | None = None
@@ -61,23 +55,33 @@ class EdgeConfig:
     threads: int = 1
     actors: int = 1
     in_flight: int = 2
+    images_per_s: float | None = None
     ready_timeout_s: float = 60.0
+    metrics_port: int | None = None
+    metrics_host: str = "127.0.0.1"
 
     def __post_init__(self) -> None:
         if self.cloud is not None:
-            split_address(self.cloud)
+            split_addresses(self.cloud)
+        if self.orchestrator is not None:
+            split_address(self.orchestrator)
         if self.plaintext and self.tls is not None:
             raise ConfigError("plaintext and tls exclude each other: remove one")
         check_backend(self.backend)
         for name, low, high in (("threads", 1, 64), ("actors", 1, 64), ("in_flight", 1, 64)):
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} must be from {low} to {high}, not {getattr(self, name)}")
-        for name in ("deadline_s", "uplink_bps"):
+        for name in ("deadline_s", "uplink_bps", "images_per_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be above 0, not {value}")
         if self.ready_timeout_s < 0:
             raise ConfigError("ready_timeout_s must be 0 or more")
+        if self.metrics_port and not 0 < self.metrics_port <= 65536 - self.actors:
+            raise ConfigError(
+                f"metrics_port and the ports of all {self.actors} actors from it on must be 1 to 65535, "
+                f"not {self.metrics_port}"
+            )
         try:
             # The model's own thresholds are not known yet; any will do for this check.
             given = self.policy_parameters.get("thresholds", 0.5)
@@ -86,10 +90,16 @@ class EdgeConfig:
             raise ConfigError(str(error)) from error
 
     def credentials(self) -> Credentials:
-        """Raises `ConfigError` when a TLS file cannot be read."""
+        """Raises `ConfigError` when a TLS file cannot be read, or a key is open to everybody."""
         if self.plaintext:
             return INSECURE_LOOPBACK
-        return None if self.tls is None else self.tls.read()
+        if self.tls is not None:
+            self.tls.load()
+        return self.tls
+
+    def metrics_port_of(self, actor: int) -> int:
+        """The port of one actor's metrics; 0 = none."""
+        return self.metrics_port + actor if self.metrics_port else 0
 
     def runtime_settings(self) -> Mapping[str, Any]:
         """Keyword arguments of `EdgeRuntime.open`, address and credentials included."""
@@ -102,15 +112,9 @@ class EdgeConfig:
             "state_dir": self.state_dir,
             "uplink_bps": self.uplink_bps,
             "backend": self.backend,
+            "orchestrator": self.orchestrator,
             "threads": self.threads,
         }
-
-
-def _pem(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read the TLS file {path}: {error.strerror}") from error
 
 
 def _count(thresholds: object) -> int:

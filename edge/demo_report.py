@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +21,17 @@ if TYPE_CHECKING:
     from edge.pair import ModelPair
 
 FALLBACK = "fallback"
+#: An answer may outlive its deadline by this much.
+LATE_S = 0.050
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One image's answer as the demo keeps it. `index` is into the demo's images."""
+    """One image's answer as the demo keeps it. `index` is into the demo's images.
+
+    ended_s         when it was answered, on this host's monotonic clock
+    policy_version  of the orchestrator's policy that decided; 0 = the edge's own
+    """
 
     index: int
     label: int
@@ -35,6 +41,12 @@ class Answered:
     steps_s: Mapping[str, float]  # name of a step -> seconds, as in `Timings`
     uplink_bytes: int
     reply_bytes: int
+    ended_s: float = 0.0
+    policy_version: int = 0
+
+    @property
+    def began_s(self) -> float:
+        return self.ended_s - self.latency_s
 
     @property
     def route_key(self) -> str:
@@ -116,6 +128,41 @@ def build_report(pair: ModelPair, answers: Sequence[Answered], clear: Reference)
     }
 
 
+def phases(
+    answers: Sequence[Answered], clear: Reference, objectives: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """What changed with each objective: one row for the answers that each policy version decided."""
+    rows = []
+    for number, objective in enumerate(objectives):
+        later = objectives[number + 1]["version"] if number + 1 < len(objectives) else math.inf
+        # What was decided before the first version arrived counts with it.
+        from_version = objective["version"] if number else 0
+        mine = [a for a in answers if from_version <= a.policy_version < later]
+        index = np.array([a.index for a in mine], np.int64)
+        predicted = np.array([a.label for a in mine], np.int64)
+        overall = accuracy(predicted, clear.labels[index])
+        exits = [
+            accuracy(clear.exit_labels[index, i], clear.labels[index])
+            for i in range(clear.exit_labels.shape[1])
+        ]
+        best = max((e for e in exits if e is not None), default=None)
+        tail = accuracy(clear.tail_labels[index], clear.labels[index])
+        known = overall is not None and best is not None and tail is not None
+        rows.append(
+            {
+                **objective,
+                "images": len(mine),
+                "offloaded_share": sum(a.uplink_bytes > 0 for a in mine) / len(mine) if mine else None,
+                "routes": dict(sorted(Counter(a.route_key for a in mine).items())),
+                "accuracy": overall,
+                "gain_share": gain_share(overall, best, tail) if known else None,  # type: ignore[arg-type]
+                "latency_s": quantiles([a.latency_s for a in mine]),
+                "late": sum(a.latency_s > objective["deadline_s"] + LATE_S for a in mine),
+            }
+        )
+    return rows
+
+
 def _mean(values: Sequence[int]) -> float | None:
     return float(np.mean(values)) if values else None
 
@@ -142,6 +189,7 @@ def _steps(by_tail: Sequence[Answered]) -> dict[str, Any]:
 
 def targets(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the demo is expected to show, and whether it did."""
+    first, last = report["objectives"][0], report["objectives"][-1]
     rows = [
         (
             "every image answered",
@@ -150,88 +198,28 @@ def targets(report: Mapping[str, Any]) -> list[dict[str, Any]]:
             report["answered"] == report["images"],
         ),
         _target("encrypted and clear labels agree", report["agreement"], ">=", 0.995),
-        _target("offloaded share", report["offloaded_share"], "<=", 0.35),
-        _target("share of the tail's gain reached", report["gain_share"], ">=", 0.85),
+        _target(f"offloaded share, deadline {first['deadline_s']:g} s", first["offloaded_share"], "<=", 0.35),
         _target("uplink bytes per offload", report["uplink_bytes_per_offload"], "<=", 125_000),
         _target("reply bytes per offload", report["reply_bytes_per_offload"], "<=", 30_000),
     ]
+    if not {"gateway", "raylet"} & {r["victim"] for r in report["recoveries"]}:  # no tail for a while
+        name = f"share of the tail's gain, deadline {first['deadline_s']:g} s"
+        rows.append(_target(name, first["gain_share"], ">=", 0.85))
+    if last is not first:
+        name = f"offloaded share, deadline {last['deadline_s']:g} s"
+        rows.append(_target(name, last["offloaded_share"], "<=", 0.05))
+    late = sum(o["late"] for o in report["objectives"])
+    rows.append((f"answers later than deadline + {1000 * LATE_S:g} ms", late, "= 0", late == 0))
+    recoveries = report["recoveries"]
+    if recoveries:
+        back = sum(r["recovered_s"] is not None for r in recoveries)
+        rows.append(("recoveries", back, f"= {len(recoveries)}", back == len(recoveries)))
     return [{"name": n, "value": v, "target": t, "holds": h} for n, v, t, h in rows]
 
 
 def _target(name: str, value: float | None, sign: str, bound: float) -> tuple[str, float | None, str, bool]:
     holds = value is not None and (value >= bound if sign == ">=" else value <= bound)
     return name, value, f"{sign} {bound:g}" if bound < 1000 else f"{sign} {bound:,.0f}", holds
-
-
-def plots(report: Mapping[str, Any], answers: Sequence[Answered], folder: Path) -> list[Path]:
-    """Four PNG files: exit mix, accuracy by route, accuracy against offloads, latency."""
-    import matplotlib as mpl
-
-    # Without a home folder to write to it uses a temporary one, and says so at length.
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-
-    def finish(name: str) -> None:
-        plt.tight_layout()
-        plt.savefig(folder / name, dpi=110)
-        plt.close()
-        paths.append(folder / name)
-
-    names = list(report["routes"])
-    colours = {name: f"C{i}" for i, name in enumerate(names)}
-    counts = [report["routes"][name]["count"] for name in names]
-    plt.figure(figsize=(6, 3.2))
-    bars = plt.bar(names, counts, color=[colours[name] for name in names])
-    plt.bar_label(bars)
-    plt.ylabel("images")
-    plt.title("Who answered")
-    finish("exit_mix.png")
-
-    values = report["accuracy"]
-    rows = [(name, report["routes"][name]["accuracy"], colours[name]) for name in names]
-    rows += [(k.replace("_", " "), v, "0.6") for k, v in values.items() if v is not None]
-    plt.figure(figsize=(7.5, 3.6))
-    bars = plt.barh(
-        [r[0] for r in rows][::-1], [100 * r[1] for r in rows][::-1], color=[r[2] for r in rows][::-1]
-    )
-    plt.bar_label(bars, fmt="%.1f", padding=2)
-    plt.xlim(0, 112)
-    plt.xlabel("accuracy, %")
-    plt.title("Accuracy by route (colour) and of all images (grey)")
-    finish("accuracy_by_route.png")
-
-    curve, point = report["accuracy_offload_curve"], report["operating_point"]
-    plt.figure(figsize=(6, 3.8))
-    plt.plot(
-        [100 * p["offloaded_share"] for p in curve],
-        [100 * p["accuracy"] for p in curve],
-        label="threshold sweep",
-    )
-    plt.plot(100 * point["offloaded_share"], 100 * point["accuracy"], "o", label="this run")
-    plt.axhline(100 * values["tail_for_all"], ls=":", c="0.4", label="tail for all")
-    plt.axhline(100 * values["best_exit_only"], ls="--", c="0.4", label="best exit only")
-    plt.xlabel("offloaded, % of images")
-    plt.ylabel("accuracy, %")
-    plt.legend(loc="lower right")
-    finish("accuracy_offload.png")
-
-    plt.figure(figsize=(6, 3.8))
-    for name in names:
-        seconds = np.sort([a.latency_s for a in answers if a.route_key == name])
-        plt.step(
-            1000 * seconds, np.arange(1, len(seconds) + 1) / len(seconds), label=name, color=colours[name]
-        )
-    plt.xscale("log")
-    plt.xlabel("latency, ms")
-    plt.ylabel("share of the route's answers")
-    plt.legend()
-    plt.title("Latency by route")
-    finish("latency_cdf.png")
-    return paths
 
 
 def demo_page(report: Mapping[str, Any], pictures: Sequence[Path]) -> str:
@@ -244,7 +232,7 @@ def demo_page(report: Mapping[str, Any], pictures: Sequence[Path]) -> str:
                 f"{report['answered']} of {report['images']} images answered in {report['wall_s']:.0f} s, "
                 f"{percent(report['offloaded_share'])} through the encrypted tail, over a link of "
                 f"{link['rate_bps'] / 1e6:g} Mbit/s with {1000 * link['delay_s']:g} ms each way. "
-                + ("An evaluator was killed half-way." if report["killed_evaluator"] else "")
+                + "".join(f"Killed on the way: {r['victim']}. " for r in report["recoveries"])
             ),
             table(
                 ("expected", "found", "target", "holds"),
@@ -252,6 +240,13 @@ def demo_page(report: Mapping[str, Any], pictures: Sequence[Path]) -> str:
                     (t["name"], _number(t["value"]), t["target"], "yes" if t["holds"] else "NO")
                     for t in report["targets"]
                 ],
+            ),
+            heading("What the objective changed"),
+            table(*_objective_table(report)),
+            *(
+                [heading("Recoveries"), table(_RECOVERY_COLUMNS, _recovery_rows(report))]
+                if report["recoveries"]
+                else []
             ),
             heading("Routes"),
             table(_ROUTE_COLUMNS, _route_rows(report)),
@@ -291,6 +286,47 @@ def _route_rows(report: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
+def _objective_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: who answered under each objective."""
+    routes = sorted(report["routes"])
+    rows = [
+        [
+            f"{o['deadline_s']:g} s",
+            str(o["images"]),
+            *(str(o["routes"].get(name, 0)) for name in routes),
+            percent(o["offloaded_share"]),
+            percent(o["accuracy"]),
+            _ms(o["latency_s"]["p95"]),
+            str(o["late"]),
+        ]
+        for o in report["objectives"]
+    ]
+    return ["deadline", "images", *routes, "offloaded", "accuracy", "p95 ms", "late"], rows
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{1000 * value:.1f}"
+
+
+_RECOVERY_COLUMNS = ("killed", "at image", "whole again, s", "encrypted again, s", "fallbacks")
+
+
+def _recovery_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    def seconds(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    return [
+        [
+            r["victim"],
+            str(r["at_image"]),
+            seconds(r["recovered_s"]),
+            seconds(r["first_encrypted_answer_s"]),
+            str(r["fallbacks_meanwhile"]),
+        ]
+        for r in report["recoveries"]
+    ]
+
+
 def _number(value: float | int | None) -> str:
     if value is None:
         return "-"
@@ -299,23 +335,30 @@ def _number(value: float | int | None) -> str:
 
 def summary_tables(report: Mapping[str, Any]) -> list[Table]:
     """For a terminal."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
-    routes = Table(title="Routes")
-    for i, column in enumerate(_ROUTE_COLUMNS):
-        routes.add_column(column, justify="right" if i else "left")
-    for row in _route_rows(report):
-        routes.add_row(*row)
-    accuracies = Table(title="Accuracy of all images")
-    accuracies.add_column("answered by")
-    accuracies.add_column("accuracy", justify="right")
-    for name, value in report["accuracy"].items():
-        accuracies.add_row(name.replace("_", " "), percent(value))
-    expected = Table(title="Expected of this demo")
-    for column in ("what", "found", "target", "holds"):
-        expected.add_column(column, justify="left" if column == "what" else "right")
-    for t in report["targets"]:
-        expected.add_row(
-            t["name"], _number(t["value"]), t["target"], "yes" if t["holds"] else "[red]no[/red]"
-        )
-    return [routes, accuracies, expected]
+    def filled(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+        made = Table(title=title, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+        for number, column in enumerate(columns):
+            made.add_column(column, justify="right" if number else "left")
+        for cells in rows:
+            made.add_row(*cells)
+        return made
+
+    shown = [
+        filled("Routes", _ROUTE_COLUMNS, _route_rows(report)),
+        filled("What the objective changed", *_objective_table(report)),
+    ]
+    if report["recoveries"]:
+        shown.append(filled("Recoveries", _RECOVERY_COLUMNS, _recovery_rows(report)))
+    accuracies = [[name.replace("_", " "), percent(value)] for name, value in report["accuracy"].items()]
+    expected = [
+        [t["name"], _number(t["value"]), t["target"], "yes" if t["holds"] else "[red]no[/red]"]
+        for t in report["targets"]
+    ]
+    return [
+        *shown,
+        filled("Accuracy of all images", ("answered by", "accuracy"), accuracies),
+        filled("Expected of this demo", ("what", "found", "target", "holds"), expected),
+    ]

@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 from blindtail.errors import BlindtailError, ContainerError, DeadlineExceeded, TailError, TailUnavailable
 from blindtail.he.spec import TailSpec
-from blindtail.rpc import INSECURE_LOOPBACK, ClientTls, Credentials, TailStub, secure_channel
+from blindtail.rpc import INSECURE_LOOPBACK, ClientTls, ClientTlsFiles, Credentials, TailStub, secure_channel
 from blindtail.wire import CHUNK_BYTES, KeyHeader, KeyState, KeyStatusCall
 from edge.cipher import make_keys, open_cipher
 from edge.keyfiles import KeyFiles, KeySet
@@ -66,6 +66,10 @@ class Order:
 
 
 def credentials_to_json(credentials: Credentials) -> dict[str, str | None] | str | None:
+    """Files go as their paths; what is read from them then never leaves this process."""
+    if isinstance(credentials, ClientTlsFiles):
+        paths = {name: str(getattr(credentials, name).absolute()) for name in ("ca", "certificate", "key")}
+        return {"files": "yes", **paths, "server_name": credentials.server_name}
     if not isinstance(credentials, ClientTls):
         return credentials
     return {
@@ -77,6 +81,9 @@ def credentials_to_json(credentials: Credentials) -> dict[str, str | None] | str
 
 
 def credentials_from_json(data: dict[str, str | None] | str | None) -> Credentials:
+    if isinstance(data, dict) and data.get("files"):
+        paths = [Path(data[name] or "") for name in ("ca", "certificate", "key")]
+        return ClientTlsFiles(paths[0], paths[1], paths[2], data["server_name"])
     if isinstance(data, dict):
         ca, certificate, key = ((data[n] or "").encode("latin-1") for n in ("ca", "certificate", "key"))
         return ClientTls(ca, certificate, key, data["server_name"])

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blindtail.records import Answer, ExitSeen, Timings
+from orchestrator.policy import Policy
 
 FloatArray = NDArray[np.float64]
 Clock = Callable[[], float]
@@ -19,13 +20,17 @@ Clock = Callable[[], float]
 class Request:
     """Mutable, owned by one call of `infer`. Times are on `clock`, in seconds.
 
-    deadline_s  counted from `started_s`; None = no deadline
+    deadline_s      counted from `started_s`; None = no deadline
+    policy          decides from the first stage to the last, whatever comes into force meanwhile
+    policy_version  an orchestrator's number for it; 0 = the edge's own
     """
 
     clock: Clock
     started_s: float
     deadline_s: float | None
     class_names: tuple[str, ...]
+    policy: Policy
+    policy_version: int = 0
     exits: list[ExitSeen] = field(default_factory=list)
     spent: dict[str, float] = field(default_factory=dict)
     uplink_bytes: int = 0
@@ -68,6 +73,9 @@ class Request:
     ) -> Answer:
         """Closes the books: label, probabilities and timings of the whole call."""
         label = int(np.argmax(probabilities))
+        extra = {} if cut is None else {"cut": float(cut)}
+        if self.policy_version:
+            extra["policy_version"] = float(self.policy_version)
         steps = {f"{name}_s": seconds for name, seconds in self.spent.items()}
         return Answer(
             label=label,
@@ -80,7 +88,7 @@ class Request:
             uplink_bytes=self.uplink_bytes,
             reply_bytes=self.reply_bytes,
             exits=tuple(self.exits),
-            extra={} if cut is None else {"cut": float(cut)},
+            extra=extra,
         )
 
     def answer_exit(self, index: int, fallback: str | None = None, cut: int | None = None) -> Answer:

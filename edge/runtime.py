@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -19,15 +17,22 @@ from numpy.typing import NDArray
 from blindtail.bundle import EdgeBundle
 from blindtail.errors import ConfigError, DeadlineExceeded, InputError, StateError, TailError
 from blindtail.metrics import EdgeMetrics
-from blindtail.records import Action, Answer, Decision, DecisionContext, LatencyEstimate
+from blindtail.records import Action, Answer, Decision, LatencyEstimate
 from blindtail.rpc import Credentials
+from blindtail.wire.control import Report
+from edge.accounting import Accounting, report_of
+from edge.control import PolicyControl, Rules
 from edge.executor import HeadExecutor, softmax
+from edge.keyfiles import default_state_dir
 from edge.latency import LatencyBook
 from edge.priors import priors_of
 from edge.request import Clock, Request
+from edge.stages import Stages
 from edge.status import RuntimeStatus
 from edge.tail import Tail, fallback_reason
-from orchestrator.policy import UNAVAILABLE, Policy, best_exit, make_policy
+from edge.trial import policy_for
+from edge.view import View
+from orchestrator.policy import UNAVAILABLE, Policy, best_exit
 
 _log = logging.getLogger(__name__)
 
@@ -64,26 +69,27 @@ class EdgeRuntime:
         if unknown:
             raise ConfigError(f"model {bundle.model} has no cut after stage {min(unknown)}")
         self.bundle = bundle
-        self.policy = policy
-        self.deadline_s = deadline_s
+        self._rules = Rules(policy, deadline_s)
+        self._control: PolicyControl | None = None
         self._metrics = metrics
+        self._accounting = Accounting(metrics)
         self._tails = dict(tails)
         self._clock = clock
         self._head = head or HeadExecutor(bundle)
         self._latencies = latencies or LatencyBook(priors_of(bundle))
-        self._exit_after = {e.after_stage: i for i, e in enumerate(bundle.exits)}
-        self._counting = threading.Lock()
-        self._routes: Counter[str] = Counter()
-        self._fallbacks: Counter[str] = Counter()
+        self._stages = Stages(bundle, self._head, self._latencies, clock)
+        self._view = View(bundle, self._tails, self._latencies, clock)
         self._pool = ThreadPoolExecutor(ASYNC_THREADS, thread_name_prefix="infer")
         self._closed = False
         self._head.warm_up()
+        if metrics is not None:
+            metrics.watch(lambda: {cut: t.status().state.name.lower() for cut, t in self._tails.items()})
 
     @classmethod
     def open(
         cls,
         edge_bt: str | Path | EdgeBundle,
-        address: str | None = None,
+        address: str | Sequence[str] | None = None,
         *,
         credentials: Credentials = None,
         policy: Policy | str = "deadline",
@@ -93,19 +99,24 @@ class EdgeRuntime:
         uplink_bps: float | None = None,
         backend: str = "seal",
         threads: int = 1,
+        orchestrator: str | None = None,
         clock: Clock = time.monotonic,
         metrics: EdgeMetrics | None = None,
     ) -> Self:
         """Loads `edge.bt`, starts keys and session in the background, answers at once.
 
-        address      "host:port" of the cloud; None = this device works alone
-        credentials  `ClientTls`, or "insecure-loopback" for plaintext to this host
+        address      "host:port" of the cloud, or several ("a:1,b:2"): the first is preferred;
+                     None = this device works alone
+        credentials  `ClientTlsFiles` (read again when they change), `ClientTls`, or
+                     "insecure-loopback" for plaintext to this host
         policy       a name (`orchestrator.policy.POLICIES`) or a `Policy`
         deadline_s   default deadline of a request; None = none
         state_dir    where keys live (default: ~/.local/state/blindtail); share it
                      between runtimes of one device and they share one key set
         uplink_bps   the uplink's bits per second; keys are uploaded at less than
                      half of it. None = as fast as the link takes them
+        orchestrator "host:port" of who hands down policies and objectives, with the
+                     same credentials; see `attach`
         metrics      counters for Prometheus, see `blindtail.metrics`
         backend      "seal", or "clear" (no encryption at all: for tests only)
 
@@ -113,12 +124,7 @@ class EdgeRuntime:
         """
         bundle = edge_bt if isinstance(edge_bt, EdgeBundle) else EdgeBundle.open(edge_bt)
         if isinstance(policy, str):
-            try:
-                policy = make_policy(
-                    policy, policy_parameters, thresholds=[e.threshold for e in bundle.exits]
-                )
-            except ValueError as error:
-                raise ConfigError(str(error)) from error
+            policy = policy_for(bundle, policy, policy_parameters)
         tails: dict[int, Tail] = {}
         latencies = LatencyBook(priors_of(bundle, uplink_bps))
         if address is not None:
@@ -132,9 +138,10 @@ class EdgeRuntime:
                 uplink_bps=uplink_bps,
                 backend=backend,
                 on_probe=lambda cut, s: latencies.observe(f"offload{cut}", s, clock()),
+                on_upload=None if metrics is None else metrics.keys_uploaded,
             )
         try:
-            return cls(
+            runtime = cls(
                 bundle,
                 tails,
                 policy,
@@ -144,10 +151,13 @@ class EdgeRuntime:
                 deadline_s=deadline_s,
                 metrics=metrics,
             )
+            if orchestrator is not None:
+                runtime.attach(orchestrator, credentials, state_dir)
         except BaseException:
             for tail in tails.values():
                 tail.close()
             raise
+        return runtime
 
     # -- the one path ----------------------------------------------------------
 
@@ -167,8 +177,7 @@ class EdgeRuntime:
         request = self._request(deadline_s, started_s)
         x = self._head.prepare(image)
         for stage in range(len(self.bundle.stages)):
-            x = self._run_stage(request, stage, x)
-            self._run_exit(request, stage, x)
+            x = self._stages.run(request, stage, x)
             decision = self._decide(request, stage)
             if decision.action is Action.EXIT:
                 return self._exit(request, stage, x, decision)
@@ -182,13 +191,13 @@ class EdgeRuntime:
         """The exit that the policy names; marked when only a missing tail made it answer."""
         reason = UNAVAILABLE if decision.reason == UNAVAILABLE else None
         if decision.exit_index is not None and request.has_seen(decision.exit_index):
-            return self._count(request.answer_exit(decision.exit_index, reason))
+            return self._accounting.count(request.answer_exit(decision.exit_index, reason))
         return self._fall_back(request, stage, x, reason)
 
     def _offload(self, request: Request, cut: int, x: NDArray[np.float32]) -> Answer:
         """Encrypt, evaluate, decrypt; whatever goes wrong, the best exit answers."""
         # Bought beforehand: when the reply does not come, no time is left for it.
-        self._ensure_exit(request, cut, x)
+        self._stages.ensure_exit(request, cut, x)
         began_s = self._clock()
         try:
             tail = self._tails.get(cut)
@@ -233,7 +242,7 @@ class EdgeRuntime:
             return self._fall_back(request, cut, x, "deadline")
         if logits.shape != (len(self.bundle.class_names),) or not np.isfinite(logits).all():
             return self._fall_back(request, cut, x, "refused")
-        return self._count(request.answer(softmax(logits), "tail", cut=cut))
+        return self._accounting.count(request.answer(softmax(logits), "tail", cut=cut))
 
     async def infer_async(self, image: NDArray[Any], deadline_s: float | None = None) -> Answer:
         """As `infer`, without blocking the event loop; the deadline counts from this call."""
@@ -247,74 +256,27 @@ class EdgeRuntime:
     def _request(self, deadline_s: float | None, started_s: float) -> Request:
         if self._closed:
             raise StateError("this runtime is closed: open a new one")
-        deadline_s = self.deadline_s if deadline_s is None else deadline_s
+        rules = self._rules  # one look: they may be replaced at any moment
+        deadline_s = rules.deadline_s if deadline_s is None else deadline_s
         if deadline_s is not None and not deadline_s > 0:
             raise InputError(f"a deadline is a number of seconds above 0, not {deadline_s!r}")
-        return Request(self._clock, started_s, deadline_s, self.bundle.class_names)
-
-    def _run_stage(self, request: Request, stage: int, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        start_s = self._clock()
-        x = self._head.run_stage(stage, x)
-        now_s = self._clock()
-        request.add("head", now_s - start_s)
-        self._latencies.observe(f"stage{stage}", now_s - start_s, now_s)
-        return x
-
-    def _run_exit(self, request: Request, stage: int, x: NDArray[np.float32]) -> None:
-        """Evaluates the exit after `stage`, if there is one."""
-        index = self._exit_after.get(stage)
-        if index is None:
-            return
-        start_s = self._clock()
-        logits = self._head.run_exit(index, x)
-        request.see(index, softmax(logits, self.bundle.exits[index].temperature))
-        now_s = self._clock()
-        request.add("exits", now_s - start_s)
-        self._latencies.observe(f"exit{index}", now_s - start_s, now_s)
-
-    def _ensure_exit(self, request: Request, stage: int, x: NDArray[np.float32]) -> None:
-        """When no exit has been seen yet, runs the head on to the next one."""
-        while not request.exits and stage + 1 < len(self.bundle.stages):
-            stage += 1
-            x = self._run_stage(request, stage, x)
-            self._run_exit(request, stage, x)
+        names = self.bundle.class_names
+        return Request(self._clock, started_s, deadline_s, names, rules.policy, rules.version)
 
     def _decide(self, request: Request, stage: int) -> Decision:
         with request.step("decide"):
-            return self.policy.decide(self._context(request, stage))
-
-    def _context(self, request: Request, stage: int) -> DecisionContext:
-        now_s = self._clock()
-        tail = self._tails.get(stage)
-        following = [s for s in self._exit_after if s > stage]
-        next_exit = None
-        if following:
-            steps = [f"stage{s}" for s in range(stage + 1, min(following) + 1)]
-            steps.append(f"exit{self._exit_after[min(following)]}")
-            next_exit = self._latencies.sum(tuple(steps), now_s)
-        ready = tail.ready if tail is not None else any(t.ready for t in self._tails.values())
-        return DecisionContext(
-            stage=stage,
-            stages=len(self.bundle.stages),
-            exits=tuple(request.exits),
-            exit_here=self._exit_after.get(stage),
-            cut_here=tail is not None,
-            tail_ready=ready,
-            elapsed_s=request.elapsed_s(),
-            deadline_s=request.deadline_s,
-            offload=self._latencies.estimate(f"offload{stage}", now_s)
-            if tail is not None and ready
-            else None,
-            next_exit=next_exit,
-            cut_ahead=any(cut > stage for cut in self._tails),
-        )
+            try:
+                return request.policy.decide(self._view.context(request, stage))
+            except Exception as error:
+                _log.warning("policy %s failed: %s; the head goes on", request.policy.name, error)
+                return Decision(Action.CONTINUE, reason="policy failed")
 
     def _fall_back(self, request: Request, stage: int, x: NDArray[np.float32], reason: str | None) -> Answer:
         """The exit with the highest calibrated confidence answers (the later one on a tie)."""
-        self._ensure_exit(request, stage, x)
+        self._stages.ensure_exit(request, stage, x)
         best = best_exit(request.exits)
         assert best is not None  # a bundle has an exit, and every stage has run by now
-        return self._count(
+        return self._accounting.count(
             request.answer_exit(best.index, reason, cut=stage if request.uplink_bytes else None)
         )
 
@@ -334,22 +296,50 @@ class EdgeRuntime:
             # The type alone: a foreign exception's text may carry anything.
             _log.warning("unexpected %s on the way to the tail; an exit answered", type(error).__name__)
 
-    def _count(self, answer: Answer) -> Answer:
-        with self._counting:
-            self._routes[answer.route] += 1
-            if answer.fallback is not None:
-                self._fallbacks[answer.fallback] += 1
-        if self._metrics is not None:
-            self._metrics.answered(
-                answer.route,
-                answer.timings.total_s,
-                answer.fallback,
-                answer.uplink_bytes,
-                answer.reply_bytes,
-            )
-        return answer
-
     # -- state -----------------------------------------------------------------
+
+    @property
+    def policy(self) -> Policy:
+        """In force for requests that begin now."""
+        return self._rules.policy
+
+    @property
+    def deadline_s(self) -> float | None:
+        """Of requests that bring none of their own, from now on."""
+        return self._rules.deadline_s
+
+    def attach(
+        self, orchestrator: str, credentials: Credentials, state_dir: str | Path | None = None
+    ) -> None:
+        """Follows the policies of the orchestrator at "host:port" from now on; returns at once.
+
+        Until the first one comes, and while it is away, the last one it sent is in
+        force, else the runtime's own. Raises `ConfigError`, and `StateError` when
+        attached already.
+        """
+        if self._control is not None or self._closed:
+            raise StateError("a runtime is attached once, before it is closed")
+        root = Path(state_dir) if state_dir is not None else default_state_dir()
+        heard = None if self._metrics is None else self._metrics.policy_update
+        control = PolicyControl(self.bundle, self._rules, self._use, self._report, root, heard)
+        control.start(orchestrator, credentials)
+        if self._metrics is not None:
+            self._metrics.watch_control(
+                policy_version=lambda: control.version, attached=lambda: control.state == "attached"
+            )
+        self._control = control
+
+    def wait_attached(self, timeout_s: float = 10.0) -> bool:
+        """Waits until the orchestrator is there and its policy in force; False when it is not in time."""
+        return self._control is not None and self._control.wait_attached(timeout_s)
+
+    def _use(self, rules: Rules) -> None:
+        self._rules = rules  # one assignment: a request sees the old pair or the new one
+
+    def _report(self, interval_s: float) -> Report:
+        learned = self._latencies.snapshot(self._clock())
+        states = [tail.status().state for tail in self._tails.values()]
+        return report_of(self._accounting.take(), interval_s, learned, states)
 
     def wait_ready(self, timeout_s: float = 60.0) -> bool:
         """Waits until every tail can take offloads; False when one cannot in time.
@@ -361,18 +351,21 @@ class EdgeRuntime:
 
     def status(self) -> RuntimeStatus:
         """A snapshot for people and dashboards."""
-        with self._counting:
-            routes, fallbacks = dict(self._routes), dict(self._fallbacks)
+        routes, fallbacks = self._accounting.totals()
+        rules, control = self._rules, self._control
         return RuntimeStatus(
             model=self.bundle.model,
             version=self.bundle.version,
-            policy=self.policy.name,
+            policy=rules.policy.name,
             closed=self._closed,
             answered=sum(routes.values()),
             fallbacks=fallbacks,
             routes=routes,
             tails={cut: tail.status() for cut, tail in self._tails.items()},
             latencies=self._latencies.snapshot(self._clock()),
+            policy_version=rules.version,
+            deadline_s=rules.deadline_s,
+            orchestrator="" if control is None else control.state,
         )
 
     def close(self) -> None:
@@ -380,6 +373,8 @@ class EdgeRuntime:
         if self._closed:
             return
         self._closed = True
+        if self._control is not None:
+            self._control.close()
         for tail in self._tails.values():
             tail.close()
         self._pool.shutdown(wait=False, cancel_futures=True)

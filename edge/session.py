@@ -1,11 +1,16 @@
 """The session of one tail, kept alive in the background while `infer` goes on.
 
-One thread per tail walks a loop: keys on disk (made by the key process), cipher
-loaded, registered, keys in the cloud (uploaded by the key process), READY. What
-an evaluation meets is handed to that thread: a lost session is registered anew
-after a random wait, evicted keys are uploaded again, a cloud that is away is tried
-every 0.2 to 1 s, a model of another version is asked for twice a minute.
-Until READY again, `ready` is False and policies answer from exits.
+One thread per tail walks a loop: a session at the first cell that gives one
+(`edge.joining` says how), then READY, until an evaluation meets trouble. A lost
+session is registered anew at the same cell after a random wait, evicted keys are
+seen to again, a cell that is away is left for the next one at once. When every
+cell has been tried, the round starts again after 0.2 to 1 s; a model of another
+version is asked for twice a minute. Until READY again, `ready` is False and
+policies answer from exits.
+
+A cell that drains is left without a gap: a session at another cell is made first,
+then the two are swapped, and requests that run finish where they began. Whoever
+has moved stays there: there is no way back but by trouble.
 """
 
 from __future__ import annotations
@@ -15,11 +20,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from blindtail.errors import (
     AccessDenied,
@@ -30,23 +32,23 @@ from blindtail.errors import (
     EvaluationFailed,
     KeysMissing,
     Overloaded,
-    ProgramMismatch,
     SessionLost,
     TailError,
     TailUnavailable,
 )
 from blindtail.he.spec import TailSpec
 from blindtail.records import TailReply
-from blindtail.wire import REQUEST_ID_BYTES, KeyState
+from blindtail.wire import REQUEST_ID_BYTES
+from edge.board import Board
+from edge.cells import Cells, Place
 from edge.cipher import open_cipher
-from edge.keyfiles import KeyFiles, KeySet
+from edge.joining import FINAL, Draining, Joiner, Tell, finality
+from edge.keyfiles import KeyFiles
 from edge.keys import KeyWorker
-from edge.tail import TAIL_TIMEOUT_S, Cipher, TailState, TailStatus
-from edge.tail_client import CellClient
+from edge.tail import STATE_AFTER, TAIL_TIMEOUT_S, Cipher, TailState, TailStatus
 
 _log = logging.getLogger(__name__)
 
-CALL_S = 5.0
 BACK_OFF_S = (0.2, 1.0)
 #: Random wait before a lost session is registered again: a restarted cell meets its edges one by one.
 REJOIN_S = 0.5
@@ -58,15 +60,12 @@ FAILED_S = (10.0, 300.0)
 #: it waits this long for the reply, and asks no more often than that.
 LATE_IN_A_ROW = 3
 PING_S = 2.0
-PROBE_S = 10.0
-#: What an evaluation met -> the state until the thread has dealt with it.
-_STATE_AFTER: Mapping[type[TailError], TailState] = {
-    SessionLost: TailState.JOINING,
-    KeysMissing: TailState.UPLOADING,
-    ProgramMismatch: TailState.MISMATCH,
-    AccessDenied: TailState.DENIED,
-}
-_HOPELESS = (TailState.MISMATCH, TailState.DENIED, TailState.CLOSED)
+#: How often an edge that a draining cell sends away looks for another one.
+MOVE_S = 2.0
+#: A cell lost sooner than this after it was reached is not replaced without a wait.
+_SETTLED_S = 1.0
+#: How long a request whose cell died under it waits for the session to be somewhere else.
+ELSEWHERE_S = 0.5
 
 
 class RemoteTail:
@@ -75,7 +74,7 @@ class RemoteTail:
     def __init__(
         self,
         spec: TailSpec,
-        client: CellClient,
+        cells: Cells,
         files: KeyFiles,
         worker: KeyWorker,
         *,
@@ -84,21 +83,32 @@ class RemoteTail:
         seed: int | None = None,
         load_cipher: Callable[[TailSpec, Path, str], Cipher] = open_cipher,
         on_probe: Callable[[float], None] | None = None,
+        on_upload: Callable[[float], None] | None = None,
     ) -> None:
-        self._spec, self._client, self._files, self._worker = spec, client, files, worker
-        self._backend, self._clock, self._load_cipher = backend, clock, load_cipher
-        self._on_probe = on_probe
+        self._spec, self._cells, self._clock = spec, cells, clock
+        self._joiner = Joiner(
+            spec,
+            files,
+            worker,
+            backend=backend,
+            clock=clock,
+            load_cipher=load_cipher,
+            evaluate=lambda place, container, s: self._evaluate(place, container, clock() + s),
+            on_probe=on_probe,
+            on_upload=on_upload,
+            on_others=cells.learn,
+        )
         self._random = random.Random(seed)
-        self._changed = threading.Condition()
-        self._status = TailStatus(TailState.STARTING, key_bytes=spec.key_bytes, since_s=clock())
-        self._cipher: Cipher | None = None
-        self._keys: KeySet | None = None
-        self._session: bytes | None = None
+        self._board = Board(spec, clock)
+        self._changed = self._board.changed  # also the lock under which places are changed
+        self._place: Place | None = None
+        self._candidate: str | None = None  # the last one that was READY
+        self._settled_s = 0.0
         self._trouble: TailError | None = None
         self._held_until_s = 0.0  # after Overloaded
         self._late = 0
         self._typical_s = 0.0  # smoothed round trip
-        self._next_ping_s = 0.0
+        self._next_ping_s = self._next_move_s = 0.0
         self._wake = threading.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="tail-session", daemon=True)
@@ -114,67 +124,100 @@ class RemoteTail:
 
     @property
     def cipher(self) -> Cipher | None:
-        return self._cipher
+        return self._joiner.cipher
 
     @property
     def ready(self) -> bool:
-        return self._status.state is TailState.READY and self._clock() >= self._held_until_s
+        return self._board.is_ready and self._clock() >= self._held_until_s
 
     def status(self) -> TailStatus:
-        return self._status
+        return self._board.status
 
     def wait_ready(self, timeout_s: float) -> bool:
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._status.state is TailState.READY or self._status.state in _HOPELESS, timeout_s
-            )
-            return self._status.state is TailState.READY
+        return self._board.wait_ready(timeout_s)
 
     def evaluate(self, container: bytes, remaining_s: float | None) -> TailReply:
         """One evaluation; the same bytes are sent once more after a broken connection or a failed
-        evaluation, if the time left covers a typical round trip. Raises `TailError`."""
+        evaluation, if the time left covers a typical round trip, and once to another cell when this
+        one has gone and another is reached in time. Raises `TailError`."""
         end_s = self._clock() + (TAIL_TIMEOUT_S if remaining_s is None else remaining_s)
-        session = self._session
-        if session is None or self._status.state is not TailState.READY:
-            raise TailUnavailable("the tail is not ready")
-        return self._evaluate(session, container, end_s)
+        with self._changed:
+            place = self._place
+            if place is None or not self._board.is_ready:
+                raise TailUnavailable("the tail is not ready")
+            place.hold()
+        try:
+            return self._evaluate(place, container, end_s)
+        except TailUnavailable:
+            moved = self._elsewhere(place, end_s)
+            if moved is None:
+                raise
+        finally:
+            place.release()
+        try:
+            return self._evaluate(moved, container, end_s)
+        finally:
+            moved.release()
 
-    def _evaluate(self, session: bytes, container: bytes, end_s: float) -> TailReply:
-        request_id = os.urandom(REQUEST_ID_BYTES)
+    def _elsewhere(self, gone: Place, end_s: float) -> Place | None:
+        """Where requests go now, held; None when there is no other cell, or no time for it."""
+        wait_s = min(ELSEWHERE_S, end_s - self._clock() - self._typical_s)
+        if len(self._cells) < 2 or wait_s <= 0:
+            return None
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._moved_from(gone), wait_s)
+            place = self._place
+            if place is None or not self._moved_from(gone):
+                return None
+            place.hold()
+            return place
+
+    def _moved_from(self, gone: Place) -> bool:
+        return self._place not in (None, gone) and self._board.is_ready
+
+    def _evaluate(self, place: Place, container: bytes, end_s: float) -> TailReply:
+        session, request_id = place.session, os.urandom(REQUEST_ID_BYTES)
+        assert session is not None
         for attempt in (0, 1):
             try:
                 left_s = end_s - self._clock()
-                reply = self._client.evaluate(session, request_id, attempt, container, left_s)
+                reply = place.client.evaluate(session, request_id, attempt, container, left_s)
             except (TailUnavailable, EvaluationFailed) as error:
                 if attempt or end_s - self._clock() <= self._typical_s:
-                    self._note(session, error)
+                    self._note(place, error)
                     raise
             except TailError as error:
-                self._note(session, error)
+                self._note(place, error)
                 raise
             else:
                 self._late = 0
                 self._typical_s += 0.2 * (reply.round_trip_s - self._typical_s)
+                place.draining = reply.timings.draining
+                if place.draining and self._clock() >= self._next_move_s:
+                    self._wake.set()
                 return reply
         raise AssertionError("unreachable")
 
     def close(self) -> None:
         with self._changed:
             self._closed = True
-            self._status = TailStatus(TailState.CLOSED, since_s=self._clock())
-            self._changed.notify_all()
+            place = self._place
+            self._board.close()
         self._wake.set()
-        self._worker.close()
-        self._client.close()
+        self._joiner.close()
+        if place is not None:
+            place.client.close()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout=5)
 
     # -- what an evaluation met --------------------------------------------------
 
-    def _note(self, session: bytes, error: TailError) -> None:
+    def _note(self, place: Place, error: TailError) -> None:
         """Tells the thread what happened; stops offloads at once where they would fail again."""
         if isinstance(error, ContainerError | EvaluationFailed):
             return  # about this request, not about the session
+        if place is not self._place:
+            return  # about a session that has been left, or is not in use yet
         if isinstance(error, Overloaded):
             wait_s = min(error.retry_after_s, 30.0) * self._random.uniform(1.0, 1.5)
             self._held_until_s = self._clock() + wait_s
@@ -186,10 +229,11 @@ class RemoteTail:
                 self._wake.set()
             return
         with self._changed:
-            if self._closed or session != self._session or self._trouble is not None:
-                return  # about a session that is gone already
+            if self._closed or place is not self._place or self._trouble is not None:
+                return
             self._trouble = error
-            self._set(_STATE_AFTER.get(type(error), TailState.AWAY), str(error))
+            states = (state for kind, state in STATE_AFTER.items() if isinstance(error, kind))
+            self._board.set(next(states, TailState.AWAY), str(error))
         self._wake.set()
 
     # -- the thread ----------------------------------------------------------------
@@ -203,155 +247,147 @@ class RemoteTail:
                 back_off_s, failed_s = BACK_OFF_S[0], FAILED_S[0]
                 wait_s = self._watch()
             except Overloaded as error:
-                self._set(TailState.AWAY, str(error))
+                self._board.set(TailState.AWAY, str(error))
                 wait_s = min(error.retry_after_s, HOPELESS_S) * self._random.uniform(1.0, 1.5)
-            except (ProgramMismatch, AccessDenied, ConfigError) as error:
+            except FINAL as error:
                 denied = isinstance(error, AccessDenied)
-                self._set(TailState.DENIED if denied else TailState.MISMATCH, str(error))
+                self._board.set(TailState.DENIED if denied else TailState.MISMATCH, str(error))
                 wait_s = HOPELESS_S * self._random.uniform(0.8, 1.2)
             except (TailUnavailable, DeadlineExceeded, SessionLost, KeysMissing) as error:
-                self._set(TailState.AWAY, str(error))
-                forget = getattr(self._client, "forget_cell", None)
-                if forget is not None:
-                    forget()
+                self._board.set(TailState.AWAY, str(error))
                 wait_s = back_off_s * self._random.uniform(0.5, 1.0)
                 back_off_s = min(2 * back_off_s, BACK_OFF_S[1])
             except BlindtailError as error:  # refused keys, a full disk, a key process that died
-                self._set(TailState.FAILED, str(error))
+                self._board.set(TailState.FAILED, str(error))
                 wait_s = failed_s * self._random.uniform(0.8, 1.2)
                 failed_s = min(2 * failed_s, FAILED_S[1])
             except Exception as error:
                 _log.exception("the session of a tail failed; it starts again")
-                self._set(TailState.FAILED, f"unexpected {type(error).__name__}")
+                self._board.set(TailState.FAILED, f"unexpected {type(error).__name__}")
                 wait_s = HOPELESS_S
             if wait_s > 0 and not self._closed:
                 self._wake.wait(wait_s)
                 self._wake.clear()
 
     def _connect(self) -> None:
-        """From nothing, or from what is there, to READY."""
-        keys = self._keys or self._local_keys()
-        result = self._client.register(keys.sha256, CALL_S)
-        fresh = False
-        while result.keys is not KeyState.READY:
-            if result.keys is KeyState.CHECKING:
-                self._set(TailState.CHECKING)
-                self._pause(0.1)
-            else:
-                self._set(TailState.UPLOADING)
-                self._worker.run(self._client.address, self._progress)
-                # The key process may have found damaged keys and made new ones.
-                keys = self._local_keys()
-            fresh = True
-            result = self._client.register(keys.sha256, CALL_S)
-        self._probe(result.session, fresh)
-        with self._changed:
-            self._session, self._trouble, self._late = result.session, None, 0
-            self._set(TailState.READY, registrations=self._status.registrations + 1)
+        """READY at the first cell that gives a session; each is tried once. Raises the least final error.
 
-    def _local_keys(self) -> KeySet:
-        """The key set on disk, made by the key process when it is missing or damaged; loads the cipher."""
-        old, self._keys = self._keys, None
-        self._files.prepare()
-        try:
-            keys = self._files.find()
-            if keys is not None and (self._cipher is None or keys != old):
-                self._cipher = self._load_cipher(self._spec, keys.secret, self._backend)
-        except ContainerError:
-            keys = None  # the key process moves damaged files aside and makes new ones
-        if keys is None:
-            self._cipher = None
-            self._set(TailState.KEYS)
-            self._worker.run(None, self._progress)
-            keys = self._files.find()
-            if keys is None:
-                raise EvaluationFailed("no keys were made: see that the state directory can be written")
-            self._cipher = self._load_cipher(self._spec, keys.secret, self._backend)
-        self._keys = keys
-        return keys
-
-    def _probe(self, session: bytes, fresh: bool) -> None:
-        """Evaluates an encryption of zeros: warms the path, and tells how long an offload takes.
-
-        Nothing is learned from its content. The first one after an upload also
-        loads the keys in the cloud, so only the second one's time counts.
+        A session that was lost is asked for where it was; after any other trouble the next
+        cell is the first. Those that drain come last.
         """
-        cipher = self._cipher
-        assert cipher is not None
-        for measured in (False, True) if fresh or self._typical_s == 0.0 else (True,):
-            start_s = self._clock()
-            container = cipher.encrypt(np.zeros(self._spec.features))
-            try:
-                reply = self._evaluate(session, container, self._clock() + PROBE_S)
-                cipher.decrypt(reply.container)
-            except (EvaluationFailed, Overloaded, ContainerError):
-                return  # requests will meet it, and answer from an exit
-            if measured and self._on_probe is not None:
-                self._on_probe(self._clock() - start_s)
+        self._joiner.keys(self._board.set)
+        kept = self._leave_unless(SessionLost, KeysMissing)
+        order = self._cells.order(self._candidate)
+        if kept is not None:
+            order = [kept.candidate, *(a for a in order if a != kept.candidate)]
+        failures: list[BlindtailError] = []
+        draining: list[str] = []
+        for addresses in (order, draining):
+            for address in addresses:
+                try:
+                    self._settle(
+                        self._join(address, self._board.set, kept, prefer_another=addresses is order)
+                    )
+                    return
+                except Draining:
+                    draining.append(address)
+                except (TailError, ConfigError) as error:
+                    if self._closed:
+                        raise
+                    if isinstance(error, FINAL):
+                        self._cells.shun(address)
+                    failures.append(error)
+        raise min(failures, key=finality)
+
+    def _leave_unless(self, *kinds: type[TailError]) -> Place | None:
+        """The place, when the trouble there is one of these kinds; otherwise it is left."""
+        with self._changed:
+            place, trouble = self._place, self._trouble
+            if isinstance(trouble, kinds):
+                return place
+            self._place = None
+        if place is not None:
+            place.leave()
+            if isinstance(trouble, FINAL):
+                self._cells.shun(place.candidate)
+        return None
+
+    def _join(self, address: str, tell: Tell, kept: Place | None = None, *, prefer_another: bool) -> Place:
+        """A place with a session: the one that was kept, or a new one. Raises what `Joiner.join` does."""
+        if kept is not None and kept.candidate == address:
+            place = kept
+        else:
+            place = Place(address, self._cells.dial(address))
+        try:
+            self._joiner.join(place, tell, prefer_another=prefer_another)
+        except BaseException:
+            with self._changed:
+                if self._place is place:
+                    self._place = None
+            place.leave()
+            raise
+        return place
+
+    def _settle(self, place: Place) -> None:
+        """From now on requests go there; those that run finish where they are."""
+        with self._changed:
+            old, self._place = self._place, place
+            self._candidate, self._settled_s = place.candidate, self._clock()
+            self._trouble, self._late = None, 0
+            registrations = self._board.status.registrations + 1
+            self._board.set(TailState.READY, registrations=registrations, cell=place.client.address)
+        if old is not None and old is not place:
+            old.leave()
 
     def _watch(self) -> float:
         """Sleeps until an evaluation meets trouble; how long to wait before connecting again."""
         while True:
-            self._wake.wait()
+            place = self._place
+            draining = place is not None and place.draining
+            self._wake.wait(max(0.0, self._next_move_s - self._clock()) if draining else None)
             self._wake.clear()
             with self._changed:
-                trouble = self._trouble
-                quiet = trouble is None and not self._closed
-                if not quiet:
-                    self._session = None
-            if quiet:
-                self._ping()
-                continue
-            if self._closed or isinstance(trouble, KeysMissing):
+                place, trouble = self._place, self._trouble
+            if self._closed or place is None:
                 return 0.0
-            if isinstance(trouble, SessionLost):
+            if trouble is None and place.draining and self._clock() >= self._next_move_s:
+                self._move(place)
+            elif trouble is None:
+                self._ping(place)
+            elif isinstance(trouble, KeysMissing):
+                return 0.0
+            elif isinstance(trouble, SessionLost):
                 return self._random.uniform(0.0, REJOIN_S)
-            if trouble is not None:
-                raise trouble
-            return 0.0
+            elif self._clock() - self._settled_s >= _SETTLED_S:
+                return 0.0
+            else:
+                return BACK_OFF_S[0] * self._random.uniform(0.5, 1.0)
 
-    def _ping(self) -> None:
-        """After replies that came too late: raises `TailUnavailable` when the cloud is not there."""
+    def _move(self, old: Place) -> None:
+        """A session at another cell first, then the swap. Without another cell everything stays as it is."""
+        self._next_move_s = self._clock() + MOVE_S * self._random.uniform(0.8, 1.2)
+        for address in self._cells.order(old.candidate):
+            # Behind a balancer, the same address may lead to another cell.
+            if address == old.candidate and old.client.address == address:
+                continue
+            try:
+                self._settle(self._join(address, _quietly, prefer_another=True))
+                return
+            except (BlindtailError, Draining) as error:
+                _log.info("no move to %s: %s", address, error or "it drains as well")
+
+    def _ping(self, place: Place) -> None:
+        """After replies that came too late: notes `TailUnavailable` when the cloud is not there."""
         if self._late < LATE_IN_A_ROW or self._clock() < self._next_ping_s:
             return
         self._next_ping_s = self._clock() + PING_S
-        assert self._keys is not None
         try:
-            self._client.key_status(self._keys.sha256, PING_S)
+            place.client.key_status(self._joiner.keys(self._board.set).sha256, PING_S)
         except TailError as error:
-            self._session = None
-            raise TailUnavailable(f"the cloud has gone silent ({error})") from error
+            self._note(place, TailUnavailable(f"the cloud has gone silent ({error})"))
+            return
         self._late = 0
 
-    def _progress(self, event: Mapping[str, Any]) -> None:
-        kind = event.get("event")
-        if kind == "making":
-            self._set(TailState.KEYS)
-        elif kind == "uploading":
-            self._set(TailState.UPLOADING, sent_bytes=int(event.get("sent", 0)))
-        elif kind == "checking":
-            self._set(TailState.CHECKING, sent_bytes=self._spec.key_bytes)
 
-    def _set(
-        self, state: TailState, problem: str = "", *, sent_bytes: int = 0, registrations: int | None = None
-    ) -> None:
-        with self._changed:
-            if self._closed:
-                return
-            old = self._status
-            self._status = TailStatus(
-                state=state,
-                problem=problem,
-                sent_bytes=self._spec.key_bytes if state is TailState.READY else sent_bytes,
-                key_bytes=self._spec.key_bytes,
-                registrations=old.registrations if registrations is None else registrations,
-                since_s=old.since_s if old.state is state else self._clock(),
-            )
-            if old.state is not state:
-                _log.info("tail %s: %s %s", self._spec.program_id[:8], state.value, problem)
-            self._changed.notify_all()
-
-    def _pause(self, seconds: float) -> None:
-        self._wake.wait(seconds)
-        if self._closed:
-            raise TailUnavailable("this runtime is closed")
+def _quietly(state: TailState, problem: str = "", *, sent_bytes: int = 0) -> None:
+    """While the old cell goes on answering, the state of the tail is still READY."""

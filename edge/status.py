@@ -13,8 +13,11 @@ from edge.tail import TailState, TailStatus
 class RuntimeStatus:
     """What an operator wants to see. `latencies` are timings only.
 
-    tails      cut (stage index) -> state of its encrypted tail
-    latencies  step -> learned estimate ("offload1" is an offload at the cut after stage 1)
+    tails           cut (stage index) -> state of its encrypted tail
+    latencies       step -> learned estimate ("offload1" is an offload at the cut after stage 1)
+    policy_version  the orchestrator's number of the policy in force; 0 = the runtime's own
+    deadline_s      of requests that bring none of their own; None = none
+    orchestrator    "attached", "away", or "" for a runtime without one
     """
 
     model: str
@@ -26,6 +29,9 @@ class RuntimeStatus:
     routes: Mapping[str, int]
     tails: Mapping[int, TailStatus]
     latencies: Mapping[str, LatencyEstimate]
+    policy_version: int = 0
+    deadline_s: float | None = None
+    orchestrator: str = ""
 
     @property
     def ready(self) -> bool:

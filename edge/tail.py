@@ -7,8 +7,10 @@ one cut's pair of them with a state, and is all that `EdgeRuntime` knows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -24,6 +26,7 @@ from blindtail.errors import (
     Overloaded,
     ProgramMismatch,
     SessionLost,
+    TailError,
     TailUnavailable,
 )
 from blindtail.he.spec import TailSpec
@@ -91,12 +94,26 @@ class TailState(Enum):
     CLOSED = "closed"
 
 
+#: What an evaluation met -> the state until that has been dealt with. Anything else: AWAY.
+STATE_AFTER: Mapping[type[TailError], TailState] = MappingProxyType(
+    {
+        SessionLost: TailState.JOINING,
+        KeysMissing: TailState.UPLOADING,
+        ProgramMismatch: TailState.MISMATCH,
+        AccessDenied: TailState.DENIED,
+    }
+)
+#: States that nothing but a person, or a long wait, will change.
+HOPELESS = (TailState.MISMATCH, TailState.DENIED, TailState.CLOSED)
+
+
 @dataclass(frozen=True, slots=True)
 class TailStatus:
     """A tail's state for people: what it does, since when, and what to do about it.
 
     `sent_bytes` of `key_bytes` evaluation keys are uploaded. `since_s` is on the
-    runtime's clock. `problem` is a public message, empty when all is well.
+    runtime's clock. `problem` is a public message, empty when all is well. `cell` is
+    the address of the cell that answers, empty while there is none.
     """
 
     state: TailState
@@ -105,6 +122,7 @@ class TailStatus:
     key_bytes: int = 0
     registrations: int = 0
     since_s: float = 0.0
+    cell: str = ""
 
 
 class Tail(TailClient, Protocol):

@@ -8,8 +8,9 @@ from typing import Protocol
 
 from blindtail.errors import DeadlineExceeded
 from blindtail.he.spec import TailSpec
+from blindtail.line import Line
 from blindtail.records import TailReply, TailTimings
-from blindtail.rpc import Credentials, TailStub, secure_channel
+from blindtail.rpc import Credentials, TailStub
 from blindtail.wire import (
     EvaluateCall,
     KeyStatus,
@@ -41,8 +42,8 @@ class GrpcTailClient:
     """A `CellClient` over gRPC. Follows the cell's own address once it has named one.
 
     A cell behind a balancer answers `Register` with its own address; from then on
-    that one is dialled, until it is gone: then `forget_cell` goes back to the
-    address given.
+    that one is dialled. When it is gone, this client is of no more use. Renewed
+    certificate files are used without a restart, see `blindtail.line`.
     """
 
     def __init__(
@@ -57,26 +58,26 @@ class GrpcTailClient:
     ) -> None:
         """reply_bytes: largest reply accepted, the program's own when not given."""
         self._reply_bytes = reply_bytes or spec.reply_bytes
-        self._given = self._dialled = address
         self._credentials = credentials
         self._model, self._version, self._spec = model, version, spec
         self._lock = threading.Lock()
-        self._channel = secure_channel(address, credentials)
-        self._stub = TailStub(self._channel)
+        self._line = Line(address, credentials, TailStub)
 
     @property
     def address(self) -> str:
-        return self._dialled
+        return self._line.address
 
     def register(self, key_sha256: bytes, timeout_s: float) -> RegisterResult:
         call = RegisterCall(self._model, self._version, self._spec.program_id, key_sha256)
-        result = self._stub.register(call, timeout_s)
-        if result.address and result.address != self._dialled:
+        with self._line.use() as stub:
+            result = stub.register(call, timeout_s)
+        if result.address and result.address != self._line.address:
             self._dial(result.address)
         return result
 
     def key_status(self, key_sha256: bytes, timeout_s: float) -> KeyStatus:
-        return self._stub.key_status(KeyStatusCall(self._spec.program_id, key_sha256), timeout_s)
+        with self._line.use() as stub:
+            return stub.key_status(KeyStatusCall(self._spec.program_id, key_sha256), timeout_s)
 
     def evaluate(
         self, session: bytes, request_id: bytes, attempt: int, container: bytes, remaining_s: float
@@ -86,22 +87,19 @@ class GrpcTailClient:
             raise DeadlineExceeded("no time is left for the round trip")
         call = EvaluateCall(session, request_id, container, attempt, remaining_s)
         start_s = time.monotonic()
-        result = self._stub.evaluate(call, remaining_s, self._reply_bytes)
-        timings = TailTimings(result.queue_s, result.eval_s, result.evaluator)
+        with self._line.use() as stub:
+            result = stub.evaluate(call, remaining_s, self._reply_bytes)
+        timings = TailTimings(
+            result.queue_s, result.eval_s, result.evaluator, result.draining, result.version
+        )
         return TailReply(result.container, timings, time.monotonic() - start_s)
-
-    def forget_cell(self) -> None:
-        """Dials the address given again, since the cell does not answer."""
-        if self._dialled != self._given:
-            self._dial(self._given)
 
     def close(self) -> None:
         with self._lock:
-            self._channel.close()
+            self._line.close()
 
     def _dial(self, address: str) -> None:
-        channel = secure_channel(address, self._credentials)
+        line = Line(address, self._credentials, TailStub)
         with self._lock:
-            old, self._channel, self._dialled = self._channel, channel, address
-            self._stub = TailStub(channel)
+            old, self._line = self._line, line
         old.close()

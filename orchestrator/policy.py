@@ -100,7 +100,9 @@ class CloudOnly(Policy):
 
     def __post_init__(self) -> None:
         if self.cut is not None and (not isinstance(self.cut, int) or self.cut < 0):
-            raise PolicyError(f"policy {self.name}: cut is the index of a stage, 0 or more, not {self.cut!r}")
+            raise PolicyError(
+                f"policy {self.name}: cut is the index of a stage, 0 or more, not {self.cut!r:.60}"
+            )
 
     def decide(self, context: DecisionContext) -> Decision:
         wanted = not context.cut_ahead if self.cut is None else context.stage == self.cut
@@ -141,9 +143,9 @@ class DeadlineAware(Policy):
     def __post_init__(self) -> None:
         _check_thresholds(self.name, self.thresholds)
         if not (_is_number(self.safety) and self.safety > 0):
-            raise PolicyError(f"policy {self.name}: safety must be above 0, not {self.safety!r}")
+            raise PolicyError(f"policy {self.name}: safety must be above 0, not {self.safety!r:.60}")
         if not (_is_number(self.reserve_s) and self.reserve_s >= 0):
-            raise PolicyError(f"policy {self.name}: reserve_s must be 0 or more, not {self.reserve_s!r}")
+            raise PolicyError(f"policy {self.name}: reserve_s must be 0 or more, not {self.reserve_s!r:.60}")
 
     def decide(self, context: DecisionContext) -> Decision:
         if sure := _sure(context, self.thresholds):
@@ -196,7 +198,9 @@ def make_policy(
         if _is_number(given):
             given = (given,) * max(1, len(thresholds))
         if not isinstance(given, Sequence) or isinstance(given, str):
-            raise PolicyError(f"policy {name}: thresholds is a number or a list of numbers, not {given!r}")
+            raise PolicyError(
+                f"policy {name}: thresholds is a number or a list of numbers, not {given!r:.60}"
+            )
         if thresholds and len(given) != len(thresholds):
             raise PolicyError(
                 f"policy {name}: {len(given)} thresholds given, but the model has {len(thresholds)} exits"
@@ -227,11 +231,15 @@ def _check_thresholds(name: str, thresholds: tuple[float, ...]) -> None:
         raise PolicyError(f"policy {name} needs thresholds: one confidence per exit")
     for value in thresholds:
         if not (_is_number(value) and value >= 0):
-            raise PolicyError(f"policy {name}: a threshold is a confidence of 0 or more, not {value!r}")
+            raise PolicyError(f"policy {name}: a threshold is a confidence of 0 or more, not {value!r:.60}")
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite number that a float can hold."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _closest(word: str, known: Mapping[str, Any] | Sequence[str]) -> str:

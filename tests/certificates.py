@@ -37,6 +37,7 @@ def certificates(folder: Path, *names: str) -> dict[str, Path]:
                 serialization.NoEncryption(),
             )
         )
+        (folder / f"{name}.key").chmod(0o600)
     return {path.name: path for path in folder.iterdir()}
 
 

@@ -106,9 +106,12 @@ class Client:
         return self.stub.upload_keys(header, pieces, 20).state
 
     def upload_and_wait(self) -> KeyState:
+        self._settled(self.status())  # a cell that asks its peers takes no upload meanwhile
+        return self._settled(self.upload())
+
+    def _settled(self, state: KeyState) -> KeyState:
         import time
 
-        state = self.upload()
         for _ in range(300):
             if state is not KeyState.CHECKING:
                 return state

@@ -1,7 +1,8 @@
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -32,16 +33,20 @@ class RegisterRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., version: _Optional[str] = ..., program_id: _Optional[str] = ..., key_sha256: _Optional[bytes] = ...) -> None: ...
 
 class RegisterReply(_message.Message):
-    __slots__ = ("session", "keys", "address", "idle_timeout_s")
+    __slots__ = ("session", "keys", "address", "idle_timeout_s", "draining", "others")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     KEYS_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     IDLE_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     keys: KeyState
     address: str
     idle_timeout_s: float
-    def __init__(self, session: _Optional[bytes] = ..., keys: _Optional[_Union[KeyState, str]] = ..., address: _Optional[str] = ..., idle_timeout_s: _Optional[float] = ...) -> None: ...
+    draining: bool
+    others: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, session: _Optional[bytes] = ..., keys: _Optional[_Union[KeyState, str]] = ..., address: _Optional[str] = ..., idle_timeout_s: _Optional[float] = ..., draining: _Optional[bool] = ..., others: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class KeyStatusRequest(_message.Message):
     __slots__ = ("program_id", "key_sha256")
@@ -96,13 +101,17 @@ class EvaluateRequest(_message.Message):
     def __init__(self, session: _Optional[bytes] = ..., request_id: _Optional[bytes] = ..., attempt: _Optional[int] = ..., remaining_s: _Optional[float] = ..., container: _Optional[bytes] = ...) -> None: ...
 
 class EvaluateReply(_message.Message):
-    __slots__ = ("container", "queue_s", "eval_s", "evaluator")
+    __slots__ = ("container", "queue_s", "eval_s", "evaluator", "draining", "version")
     CONTAINER_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     EVAL_S_FIELD_NUMBER: _ClassVar[int]
     EVALUATOR_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     container: bytes
     queue_s: float
     eval_s: float
     evaluator: str
-    def __init__(self, container: _Optional[bytes] = ..., queue_s: _Optional[float] = ..., eval_s: _Optional[float] = ..., evaluator: _Optional[str] = ...) -> None: ...
+    draining: bool
+    version: str
+    def __init__(self, container: _Optional[bytes] = ..., queue_s: _Optional[float] = ..., eval_s: _Optional[float] = ..., evaluator: _Optional[str] = ..., draining: _Optional[bool] = ..., version: _Optional[str] = ...) -> None: ...

@@ -12,7 +12,6 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,134 +19,12 @@ import numpy as np
 import pytest
 
 from blindtail.errors import BlindtailError, EvaluationFailed, SessionLost, TailError, TailUnavailable
-from blindtail.rpc import INSECURE_LOOPBACK, TailStub, secure_channel
 from blindtail.wire import EvaluateResult, KeyState
-from tests.cloud_cases import Client, activation, bundle, expected
+from tests.cell_process import Running, alive, all_gone, descendants, launch, until_ready, wait_for
+from tests.cloud_cases import Client, activation, expected
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.timeout(180)
-
-ROOT = Path(__file__).resolve().parents[2]
-COMMAND = """
-import sys, typer
-from blindtail.config import load_config
-from cloud.cli import register
-app = typer.Typer(pretty_exceptions_enable=False)
-app.callback()(lambda: None)
-register(app)
-app(sys.argv[1:])
-"""
-
-
-@dataclass
-class Running:
-    """One `blindtail cloud` and what it announced."""
-
-    process: subprocess.Popen[bytes]
-    announce: Path
-    folder: Path
-    metrics_port: int = 0
-
-    def read(self) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads(self.announce.read_text())
-        return content
-
-    def client(self) -> Client:
-        return Client(TailStub(secure_channel(self.read()["address"], INSECURE_LOOPBACK)))
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(40)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait(10)
-
-    def ended(self) -> tuple[int, str, str]:
-        """Exit code, standard output and standard error, once it has ended."""
-        code = self.process.wait(60)
-        return code, (self.folder / "out").read_text(), (self.folder / "err").read_text()
-
-
-def launch(folder: Path, *flags: str) -> Running:
-    folder.mkdir(parents=True, exist_ok=True)
-    bundle().save(folder / "cloud.bt")
-    announce = folder / "announce.json"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    # Files, not pipes: nobody reads while it runs.
-    with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-c", COMMAND, "cloud", str(folder / "cloud.bt")),
-                *("--backend", "clear", "--state-dir", str(folder / "state")),
-                *("--announce", str(announce), "--json", *flags),
-            ],
-            stdout=out,
-            stderr=err,
-            env=environment,
-            cwd=folder,
-        )
-    return Running(process, announce, folder)
-
-
-def wait_for(condition: Callable[[], Any], text: str, limit_s: float = 60) -> Any:
-    deadline_s = time.monotonic() + limit_s
-    while True:
-        found = condition()
-        if found:
-            return found
-        assert time.monotonic() < deadline_s, text
-        time.sleep(0.05)
-
-
-def until_ready(running: Running) -> dict[str, Any]:
-    def ready() -> bool:
-        if running.process.poll() is not None:
-            raise AssertionError(running.ended())
-        return running.announce.exists()
-
-    wait_for(ready, "the cell did not get ready", 90)
-    return running.read()
-
-
-def alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """pid -> command of every process below `pid`."""
-    parents: dict[int, tuple[int, str]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue
-            parents[int(entry.name)] = (int(fields[1]), command)
-    found: dict[int, str] = {}
-    front = {pid}
-    while front:
-        front = {p for p, (parent, _) in parents.items() if parent in front and p not in found}
-        found.update({p: parents[p][1] for p in front})
-    return found
-
-
-def all_gone(pids: dict[int, str], limit_s: float = 20) -> None:
-    """Ray's own two agents, which hold nothing of ours, may take a minute after a SIGKILL."""
-    ours = [p for p, command in pids.items() if "Agent" not in command.split(" ", 1)[0]]
-    assert len(ours) >= 5
-    try:
-        wait_for(lambda: not any(alive(p) for p in ours), "processes stayed", limit_s)
-    finally:
-        for pid in pids:
-            if alive(pid):
-                os.kill(pid, signal.SIGKILL)
 
 
 def persistent(call: Callable[[], Any], limit_s: float = 40) -> Any:
@@ -218,7 +95,8 @@ def test_metrics_tell_counts_and_nothing_of_clients(cell: Running, edge: Client)
     edge.evaluate(session)
     with urllib.request.urlopen(f"http://127.0.0.1:{cell.metrics_port}/metrics", timeout=10) as reply:
         text = reply.read().decode()
-    assert 'blindtail_cloud_requests_total{model="toy",outcome="ok"}' in text
+    assert 'blindtail_cloud_requests_total{model="toy",outcome="ok",version="1"}' in text
+    assert 'blindtail_cloud_evaluator_evaluations_total{evaluator="0"}' in text
     assert "blindtail_cloud_evaluators 2.0" in text
     assert session.hex() not in text
     assert "loopback" not in text
@@ -348,35 +226,57 @@ def test_two_cells_at_once_share_nothing_and_the_second_ends_cleanly(cell: Runni
         other.stop()
 
 
-@pytest.mark.parametrize("victim", ["supervisor", "raylet", "gateway, for good"])
-def test_nothing_outlives_a_death(tmp_path: Path, victim: str) -> None:
+def test_nothing_outlives_the_command(tmp_path: Path) -> None:
     running = launch(tmp_path / "cell", "--evaluators", "1")
     try:
-        content = until_ready(running)
+        until_ready(running)
         below = descendants(running.process.pid)
-        if victim == "supervisor":
-            running.process.kill()
-            running.process.wait(10)
-        elif victim == "raylet":
-            (raylet,) = [p for p, c in below.items() if "/raylet" in c.split(" ", 1)[0]]
-            os.kill(raylet, signal.SIGKILL)
-            assert running.process.wait(40) != 0
-        else:
-            for _ in range(3):
-                old = content["gateway_pid"]
-                os.kill(old, signal.SIGKILL)
+        running.process.kill()
+        running.process.wait(10)
+        # Ray's own agents, which hold nothing of ours, may take a minute now that nobody ends them.
+        ours = {p: c for p, c in below.items() if "Agent" not in c.split(" ", 1)[0]}
+        try:
+            all_gone(ours)
+        finally:
+            for pid in set(below) - set(ours):
+                if alive(pid):
+                    os.kill(pid, signal.SIGKILL)
+    finally:
+        running.stop()
 
-                def changed(old: int = old) -> bool:
-                    ended = not running.announce.exists()
-                    return ended or running.read()["gateway_pid"] != old
 
-                wait_for(changed, "the gateway did not come back")
-                if running.announce.exists():
-                    content = running.read()
-                    below |= descendants(running.process.pid)
-            assert running.process.wait(40) == 1
-            assert not running.announce.exists()
-        all_gone(below)
+def test_a_lost_cluster_comes_back_at_the_same_address_with_the_keys(tmp_path: Path) -> None:
+    """The raylet, then the process that holds the cluster: each time nothing is left of the old one."""
+    running = launch(tmp_path / "cell", "--evaluators", "1")
+    try:
+        before = until_ready(running)
+        client = running.client()
+        assert client.upload_and_wait() is KeyState.READY
+        for restarts, victim in enumerate(("raylet", "cloud.app"), 1):
+            below = descendants(running.process.pid)
+            (pid,) = [p for p, c in below.items() if victim in c.split(" -", 1)[0] or f"-m {victim}" in c]
+            os.kill(pid, signal.SIGKILL)
+            wait_for(lambda: not running.announce.exists(), "the loss was not noticed", 20)
+            after = until_ready(running)
+            assert after["cluster_restarts"] == restarts
+            assert (after["pid"], after["address"]) == (running.process.pid, before["address"])
+            assert after["cluster_id"] != before["cluster_id"]
+            all_gone(below, 1)
+
+            def again() -> EvaluateResult:
+                registered = client.register()
+                assert registered.keys is KeyState.READY
+                return client.evaluate(registered.session)
+
+            assert np.allclose(client.logits(persistent(again)), expected(activation(0)), atol=1e-9)
+        below = descendants(running.process.pid)
+        running.process.send_signal(signal.SIGTERM)
+        code, out, err = running.ended()
+        assert code == 0
+        assert len(out.splitlines()) == 1  # announced once
+        assert "starting again" in err
+        assert not running.announce.exists()
+        all_gone(below, 1)
     finally:
         running.stop()
 
@@ -401,11 +301,11 @@ def test_what_is_wrong_is_told_before_ray_starts(tmp_path: Path) -> None:
 
 
 def test_errors_cross_the_actors_as_what_they_are() -> None:
-    from cloud.actor import _outcome, raise_outcome
+    from cloud.evaluator import error_outcome, raise_outcome
 
     with pytest.raises(SessionLost, match="gone"):
-        raise_outcome(_outcome(SessionLost("gone")))
+        raise_outcome(error_outcome(SessionLost("gone")))
     with pytest.raises(EvaluationFailed, match="ValueError"):
-        raise_outcome(_outcome(ValueError("internals")))
+        raise_outcome(error_outcome(ValueError("internals")))
     raise_outcome(("ok", 1))
     assert issubclass(TailError, BlindtailError)

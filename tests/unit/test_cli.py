@@ -15,7 +15,10 @@ import typer
 from blindtail import cli
 from blindtail.errors import BlindtailError, BundleError, ConfigError, InputError, TailUnavailable
 
-COMMANDS = ("cloud", "demo", "edge", "infer", "inspect", "train", "verify")
+COMMANDS = (
+    *("cloud", "demo", "edge", "infer", "inspect", "orchestrator", "train", "verify"),
+    *("certs init", "certs issue", "certs show"),
+)
 
 
 def _with_command(monkeypatch: pytest.MonkeyPatch, command: Callable[[], None]) -> None:
@@ -104,7 +107,7 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        cli.main([command, "--help"])
+        cli.main([*command.split(), "--help"])
     text = capsys.readouterr().out
     assert left.value.code == 0
     assert f"blindtail {command}" in text.split("Options:")[0]
@@ -161,5 +164,52 @@ def test_settings_of_any_command_come_from_toml_and_flags_win(
     }.items():
         settings.write_text(text)
         code, out, err = run()
+        assert (code, out) == (2, "")
+        assert says in err
+
+
+def test_settings_of_a_group_of_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fly(far: Annotated[int, typer.Option("--how-far")] = 1, wings: int = 2) -> None:
+        print(far, wings)
+
+    def group_options(wind: Annotated[int, typer.Option("--wind")] = 0) -> None:
+        print(wind)
+
+    def register(app: typer.Typer) -> None:
+        group = typer.Typer(callback=group_options)
+        group.command("fly")(fly)
+        group.command("land")(fly)
+        app.add_typer(group, name="bird")
+
+    class Entry:
+        name = "bird"
+
+        def load(self) -> Callable[[typer.Typer], None]:
+            return register
+
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [Entry()])
+    settings = tmp_path / "all.toml"
+    settings.write_text("[bird]\nwind = 9\n[bird.fly]\nhow_far = 7\n")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            cli.main(["--settings", str(settings), "bird", *arguments])
+        captured = capsys.readouterr()
+        return left.value.code or 0, captured.out, captured.err.strip()  # type: ignore[return-value]
+
+    assert run("fly") == (0, "9\n7 2\n", "")
+    assert run("fly", "--how-far", "3") == (0, "9\n3 2\n", "")
+    assert run("land") == (0, "9\n1 2\n", "")  # another command's table is not its own
+    for text, says in {
+        "[bird.fyl]\nhow_far = 7": "unknown setting 'bird.fyl'; did you mean 'bird.fly'?",
+        "[bird.fly]\nhow_fast = 7": "unknown setting 'bird.fly.how_fast'; did you mean 'bird.fly.how_far'?",
+        "[bird]\nfly = 3": "bird.fly must be a table: write [bird.fly] above its settings",
+        "[bird]\nhow_far = 3": "unknown setting 'bird.how_far'",
+        "debug = true": "unknown setting 'debug'",
+    }.items():
+        settings.write_text(text)
+        code, out, err = run("fly")
         assert (code, out) == (2, "")
         assert says in err

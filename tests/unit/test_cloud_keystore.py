@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -21,108 +20,10 @@ from blindtail.errors import (
 from blindtail.wire import KeyState, KeyStatus
 from cloud import keystore
 from cloud.config import KeyLimits
-from cloud.keycheck import Order
-from cloud.keystore import KeyStore
-from cloud.registry import Registry
-from tests.cloud_cases import bundle, program, sha
+from tests.cloud_cases import sha
+from tests.key_bench import BOTH, KEYS, PROGRAM, READY_BYTES, SIZE, Bench, files, other, pieces, run
 
 pytestmark = pytest.mark.timeout(30)
-
-PROGRAM = program().spec.program_id
-SIZE = program().spec.key_bytes
-KEYS = bytes(1000) + bytes(SIZE - 1000)
-READY_BYTES = 100
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        self.now += 0.001
-        return self.now
-
-
-class Checker:
-    """Copies 100 bytes; refuses containers that begin with "bad"; can be held."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.go = threading.Event()
-        self.go.set()
-
-    def __call__(self, order: Order, timeout_s: float) -> int:
-        self.calls += 1
-        assert self.go.wait(10)
-        source, target = Path(order.source), Path(order.target)
-        assert Path(order.bundle).is_file()
-        assert source.stat().st_size == SIZE
-        if source.read_bytes().startswith(b"bad"):
-            target.write_bytes(b"half")
-            raise ContainerError("residue above its prime")
-        target.write_bytes(bytes(READY_BYTES))
-        return READY_BYTES
-
-
-async def pieces(data: bytes, size: int = 50_000, stop: int | None = None) -> AsyncIterator[bytes]:
-    for start in range(0, len(data) if stop is None else stop, size):
-        yield data[start : start + size]
-        await asyncio.sleep(0)
-
-
-class Bench:
-    """A store with one call per step; identity "a" unless said otherwise."""
-
-    def __init__(self, root: Path, limits: KeyLimits | None = None, clock: Clock | None = None) -> None:
-        self.check = Checker()
-        self.clock = clock or Clock()
-        registry = Registry([bundle()], "clear")
-        self.store = KeyStore(root, "clear", registry, limits or KeyLimits(), self.clock, check=self.check)
-
-    async def send(self, data: bytes = KEYS, offset: int = 0, who: str = "a", **options: object) -> KeyStatus:
-        stop = options.pop("stop", None)
-        assert stop is None or isinstance(stop, int)
-        digest = options.pop("digest", sha(data))
-        assert isinstance(digest, bytes)
-        total = options.pop("total", SIZE)
-        assert isinstance(total, int)
-        stream = pieces(data[offset:], stop=stop)
-        return await self.store.receive(who, PROGRAM, digest, total, offset, stream)
-
-    async def ready(self, data: bytes = KEYS, who: str = "a") -> None:
-        await self.send(data, who=who)
-        await self.checked()
-        assert self.status(data, who).state is KeyState.READY
-
-    async def checked(self) -> None:
-        await asyncio.gather(*self.store._tasks)
-
-    def status(self, data: bytes = KEYS, who: str = "a") -> KeyStatus:
-        return self.store.status(who, PROGRAM, sha(data))
-
-
-def run(
-    root: Path,
-    body: Callable[[Bench], Awaitable[None]],
-    limits: KeyLimits | None = None,
-    clock: Clock | None = None,
-) -> None:
-    async def main() -> None:
-        bench = Bench(root, limits, clock)
-        try:
-            await body(bench)
-        finally:
-            bench.check.go.set()
-            await bench.store.close()
-
-    asyncio.run(main())
-
-
-def other(index: int) -> bytes:
-    return index.to_bytes(4) + KEYS[4:]
-
-
-def files(root: Path, kind: str) -> list[str]:
-    return sorted(p.name for p in (root / "clear" / kind).iterdir())
 
 
 def test_from_nothing_to_ready(tmp_path: Path) -> None:
@@ -278,9 +179,11 @@ def test_the_least_recently_used_goes_when_the_budget_is_full(tmp_path: Path) ->
         await b.ready(other(3))
         states = [b.status(other(i)).state for i in range(4)]
         assert states == [KeyState.READY, KeyState.MISSING, KeyState.READY, KeyState.READY]
-        assert b.store.stored_bytes == 3 * READY_BYTES == 100 * len(files(tmp_path, "ready"))
+        assert b.store.stored_bytes == 3 * BOTH
+        assert len(files(tmp_path, "ready")) == 3
+        assert files(tmp_path, "raw") == files(tmp_path, "ready")
 
-    run(tmp_path, body, KeyLimits(budget_bytes=3 * READY_BYTES))
+    run(tmp_path, body, KeyLimits(budget_bytes=3 * BOTH))
 
 
 def test_keys_in_use_stay_and_go_when_let_go(tmp_path: Path) -> None:
@@ -292,9 +195,9 @@ def test_keys_in_use_stay_and_go_when_let_go(tmp_path: Path) -> None:
         b.store.evict_all()
         assert path.exists()
         b.store.unpin(path)
-        assert b.store.stored_bytes == READY_BYTES
+        assert b.store.stored_bytes == BOTH
 
-    run(tmp_path, body, KeyLimits(budget_bytes=READY_BYTES))
+    run(tmp_path, body, KeyLimits(budget_bytes=BOTH))
 
 
 def test_keys_larger_than_the_whole_budget_are_refused(tmp_path: Path) -> None:
@@ -304,7 +207,7 @@ def test_keys_larger_than_the_whole_budget_are_refused(tmp_path: Path) -> None:
         assert b.status().state is KeyState.REFUSED
         assert "budget" in b.status().problem
 
-    run(tmp_path, body, KeyLimits(budget_bytes=READY_BYTES - 1))
+    run(tmp_path, body, KeyLimits(budget_bytes=BOTH - 1))
 
 
 def test_files_removed_behind_its_back_are_missing_keys(tmp_path: Path) -> None:
@@ -344,7 +247,7 @@ def test_a_disk_that_fails_is_told_and_nothing_is_left(
         path.write_bytes(piece)
 
     async def body(b: Bench) -> None:
-        monkeypatch.setattr(keystore, "_write_at", fail)
+        monkeypatch.setattr(keystore, "write_at", fail)
         with pytest.raises(Overloaded, match=text):
             await b.send()
         assert files(tmp_path, "partial") == []

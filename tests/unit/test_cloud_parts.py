@@ -51,13 +51,12 @@ def test_a_settings_file_reads_as_documented(tmp_path: Path) -> None:
     assert config.models == (tmp_path / "cloud.bt",)
     assert config.tls == TlsFiles(tmp_path / "cell.pem", tmp_path / "cell.key", tmp_path / "edges.pem")
     assert (config.port, config.evaluators, config.keys.budget_bytes) == (50051, 3, 4_000_000_000)
-    with pytest.raises(ConfigError, match=r"cell\.pem"):
+    with pytest.raises(ConfigError, match=r"cell\.key"):
         config.tls.load()
 
 
 def test_models_that_are_missing_or_given_twice(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"at least one cloud\.bt"):
-        open_bundles([])
+    assert open_bundles([]) == []  # a cell may start empty: models are pushed to it
     with pytest.raises(BundleError, match=r"no\.bt"):
         open_bundles([tmp_path / "no.bt"])
     (tmp_path / "damaged.bt").write_bytes(b"PK\x03\x04 not really")
@@ -170,16 +169,16 @@ def test_cloud_metrics_count_and_fold_unknown_labels() -> None:
         evaluators=lambda: 1,
         restarts=lambda: 4,
     )
-    metrics.evaluated("toy", "ok", 0.1)
+    metrics.evaluated("toy", "ok", 0.1, "1")
     metrics.evaluated("toy", "SomethingNew")
     metrics.waited(0.01)
     metrics.uploaded("ok")
     text = _text(registry)
-    assert 'blindtail_cloud_requests_total{model="toy",outcome="ok"} 1.0' in text
+    assert 'blindtail_cloud_requests_total{model="toy",outcome="ok",version="1"} 1.0' in text
     assert 'outcome="other"' in text
     assert "blindtail_cloud_queue_depth 3.0" in text
     assert "blindtail_cloud_key_store_bytes 99.0" in text
-    assert "blindtail_cloud_evaluator_restarts 4.0" in text
+    assert "blindtail_cloud_evaluator_restarts_total 4.0" in text
 
 
 def test_edge_metrics_count_by_bounded_labels() -> None:

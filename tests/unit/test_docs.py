@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-COMMANDS = {"train", "inspect", "verify", "cloud", "edge", "infer", "demo"}
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("deploy/*.md")])
+COMMANDS = {"train", "inspect", "verify", "cloud", "edge", "infer", "demo"} | {
+    *("model", "cell", "orchestrator", "policy", "certs", "health"),
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())

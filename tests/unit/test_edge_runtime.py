@@ -368,7 +368,7 @@ def test_every_error_of_the_tail_has_a_word() -> None:
     allowed = {"deadline", "unavailable", "overloaded", "session", "keys", "evaluation", "refused"}
 
     def walk(kind: type[BlindtailError]) -> None:
-        assert fallback_reason(kind("x")) in allowed
+        assert fallback_reason(kind.__new__(kind, "x")) in allowed  # some want more than a message
         for child in kind.__subclasses__():
             walk(child)
 

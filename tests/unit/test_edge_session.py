@@ -27,6 +27,7 @@ from blindtail.errors import (
 from blindtail.records import TailReply
 from blindtail.wire import KeyState, KeyStatus, RegisterResult
 from edge import session as session_module
+from edge.cells import Cells
 from edge.keyfiles import KeyFiles
 from edge.keys import Report
 from edge.session import RemoteTail
@@ -48,7 +49,6 @@ class FakeCell:
         self.evaluated: list[tuple[bytes, bytes, int]] = []
         self.faults: list[BlindtailError] = []
         self.refuse: BlindtailError | None = None
-        self.forgotten = 0
         self.closed = False
         self.pings = 0
         self.silent = False
@@ -74,9 +74,6 @@ class FakeCell:
         if self.faults:
             raise self.faults.pop(0)
         return reply()
-
-    def forget_cell(self) -> None:
-        self.forgotten += 1
 
     def close(self) -> None:
         self.closed = True
@@ -118,7 +115,7 @@ class Rig:
         self.files = KeyFiles(folder, spec_of())
         self.worker = FakeWorker(self.files, self.cell)
         self.probes: list[float] = []
-        self.loads = 0
+        self.loads = self.dialled = 0
         self.tail = self.make()
 
     def make(self) -> RemoteTail:
@@ -126,9 +123,14 @@ class Rig:
             self.loads += 1
             return PlainCipher()
 
+        def dial(address: str) -> FakeCell:
+            assert address == self.cell.address
+            self.dialled += 1
+            return self.cell
+
         return RemoteTail(
             spec_of(),
-            self.cell,
+            Cells([self.cell.address], dial),
             self.files,
             self.worker,
             seed=1,
@@ -276,7 +278,7 @@ def test_a_cloud_that_is_away_is_tried_until_it_is_back(rig: Rig) -> None:
         tail.evaluate(ACTIVATION, 1.0)
     until(lambda: len(rig.cell.registered) > 4)
     assert tail.status().state is TailState.AWAY
-    assert rig.cell.forgotten
+    assert rig.dialled > 2  # anew for every try
     with pytest.raises(TailUnavailable):
         tail.evaluate(ACTIVATION, 1.0)
     rig.cell.refuse = None

@@ -13,9 +13,10 @@ from PIL import Image
 
 from blindtail.config import load_config
 from blindtail.errors import ConfigError, DataError
-from blindtail.rpc import INSECURE_LOOPBACK, ClientTls
-from edge.config import EdgeConfig, TlsFiles
+from blindtail.rpc import INSECURE_LOOPBACK, ClientTls, ClientTlsFiles
+from edge.config import EdgeConfig
 from edge.images import read_file, read_set, to_dtype
+from tests.certificates import certificates
 from tests.edge_fakes import NAMES, bundle_of, image
 
 
@@ -23,11 +24,13 @@ def test_a_site_comes_from_toml_and_flags(tmp_path: Path) -> None:
     path = tmp_path / "site.toml"
     path.write_text(
         'model = "edge.bt"\ncloud = "127.0.0.1:50051"\nactors = 3\n'
-        'policy = "deadline"\n[policy_parameters]\nthresholds = [0.7, 0.8]\nsafety = 1.2\n'
+        'orchestrator = "127.0.0.1:50061"\npolicy = "deadline"\n'
+        "[policy_parameters]\nthresholds = [0.7, 0.8]\nsafety = 1.2\n"
     )
     config = load_config(EdgeConfig, path, {"actors": 2, "deadline_s": 0.5, "cloud": None})
     assert config.model == tmp_path / "edge.bt"
     assert (config.actors, config.deadline_s, config.cloud) == (2, 0.5, "127.0.0.1:50051")
+    assert config.runtime_settings()["orchestrator"] == "127.0.0.1:50061"
     assert config.runtime_settings()["policy_parameters"] == {"thresholds": [0.7, 0.8], "safety": 1.2}
 
 
@@ -35,6 +38,7 @@ def test_a_site_comes_from_toml_and_flags(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"cloud": "nowhere"}, "host:port"),
+        ({"orchestrator": "nowhere"}, "host:port"),
         ({"backend": "sael"}, "seal"),
         ({"actors": 0}, "actors"),
         ({"in_flight": 1000}, "in_flight"),
@@ -44,7 +48,7 @@ def test_a_site_comes_from_toml_and_flags(tmp_path: Path) -> None:
         ({"ready_timeout_s": -1.0}, "ready_timeout_s"),
         ({"policy": "nothing"}, "policy"),
         ({"policy": "cloud-only", "policy_parameters": {"cut": -1}}, "cut"),
-        ({"plaintext": True, "tls": TlsFiles(Path("a"), Path("b"), Path("c"))}, "exclude"),
+        ({"plaintext": True, "tls": ClientTlsFiles(Path("a"), Path("b"), Path("c"))}, "exclude"),
     ],
 )
 def test_wrong_settings_are_named(changes: dict[str, Any], words: str) -> None:
@@ -55,19 +59,19 @@ def test_wrong_settings_are_named(changes: dict[str, Any], words: str) -> None:
 def test_credentials(tmp_path: Path) -> None:
     assert EdgeConfig(Path("m")).credentials() is None
     assert EdgeConfig(Path("m"), plaintext=True).credentials() == INSECURE_LOOPBACK
-    for name in ("ca", "certificate", "key"):
-        (tmp_path / name).write_bytes(name.encode())
-    files = TlsFiles(tmp_path / "ca", tmp_path / "certificate", tmp_path / "key", "cloud")
-    assert EdgeConfig(Path("m"), tls=files).credentials() == ClientTls(b"ca", b"certificate", b"key", "cloud")
-    (tmp_path / "key").unlink()
-    with pytest.raises(ConfigError, match="key"):
-        files.read()
+    made = certificates(tmp_path / "certs", "me")
+    files = ClientTlsFiles(made["ca.pem"], made["me.pem"], made["me.key"], "cloud")
+    assert EdgeConfig(Path("m"), tls=files).credentials() == files
+    made["me.key"].unlink()
+    with pytest.raises(ConfigError, match=r"me\.key"):
+        EdgeConfig(Path("m"), tls=files).credentials()
 
 
 def test_credentials_reach_the_key_process_unchanged() -> None:
     from edge.keys_child import Order, credentials_from_json, credentials_to_json
 
-    for given in (None, INSECURE_LOOPBACK, ClientTls(b"\x00ca\xff", b"c", b"k", "name")):
+    files = ClientTlsFiles(Path("/a/ca.pem"), Path("/a/me.pem"), Path("/a/me.key"), "name")
+    for given in (None, INSECURE_LOOPBACK, ClientTls(b"\x00ca\xff", b"c", b"k", "name"), files):
         order = Order({}, "x", credentials=credentials_to_json(given))
         assert credentials_from_json(Order.decode(order.encode()).credentials) == given
 

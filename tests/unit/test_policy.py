@@ -257,3 +257,8 @@ def test_the_module_imports_the_standard_library_and_records_only() -> None:
     names |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     foreign = {n for n in names if n.split(".")[0] not in sys.stdlib_module_names}
     assert foreign == {"blindtail.records"}
+
+
+def test_a_number_beyond_every_float_is_refused() -> None:
+    with pytest.raises(PolicyError, match="safety"):
+        make_policy("deadline", {"safety": 10**400}, thresholds=[0.5])

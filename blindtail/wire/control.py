@@ -1,0 +1,464 @@
+"""The control plane as plain records.
+
+service blindtail.v1.Control    edges and cells
+  Attach   Up ...       -> Down ...
+service blindtail.v1.Policies   operators
+  Get      PolicyQuery  -> list of PolicyEntry
+  Set      PolicyChange -> PolicyEntry
+  History  PolicyQuery  -> list of PolicyEntry
+  Fleet    (nothing)    -> list of FleetPeer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from blindtail.errors import ContainerError
+from blindtail.pb import control_pb2 as pb
+from blindtail.policy_document import DOCUMENT_BYTES
+from blindtail.wire.checks import NAME_CHARS, TEXT_CHARS, build, encoded, length, parse, seconds, text
+
+CONTROL = str(pb.DESCRIPTOR.services_by_name["Control"].full_name)
+POLICIES = str(pb.DESCRIPTOR.services_by_name["Policies"].full_name)
+
+INSTANCE_BYTES = 16
+#: Cap on one message of an edge or a cell, and on what comes down to them.
+UP_BYTES, DOWN_BYTES = 64 * 1024, DOCUMENT_BYTES + 4096
+#: Caps on an operator's request, and on lists for operators.
+CHANGE_BYTES, LIST_BYTES = DOCUMENT_BYTES + 4096, 16 * 1024 * 1024
+#: Most entries of a mapping or list in one message of a peer.
+MOST_ITEMS = 256
+
+
+class PeerKind(Enum):
+    EDGE = "edge"
+    CELL = "cell"
+
+
+_KIND_TO_PB = {PeerKind.EDGE: pb.PEER_KIND_EDGE, PeerKind.CELL: pb.PEER_KIND_CELL}
+_KIND_FROM_PB = {int(number): kind for kind, number in _KIND_TO_PB.items()}
+
+
+class PolicyState(Enum):
+    ACTIVE = "active"
+    REPLACED = "replaced"  # by a later version
+    ROLLED_BACK = "rolled back"  # edges refused it
+
+
+_STATE_TO_PB = {
+    PolicyState.ACTIVE: pb.POLICY_STATE_ACTIVE,
+    PolicyState.REPLACED: pb.POLICY_STATE_REPLACED,
+    PolicyState.ROLLED_BACK: pb.POLICY_STATE_ROLLED_BACK,
+}
+_STATE_FROM_PB = {int(number): state for state, number in _STATE_TO_PB.items()}
+
+Model = tuple[str, str]  # (name, version)
+
+
+def _few(items: Sequence[Any] | Mapping[Any, Any], name: str) -> None:
+    if len(items) > MOST_ITEMS:
+        raise ContainerError(f"{name} has {len(items)} entries; at most {MOST_ITEMS} are accepted")
+
+
+def _check_models(models: Sequence[Model]) -> None:
+    _few(models, "models")
+    for model, version in models:
+        text(model, NAME_CHARS, "model")
+        text(version, NAME_CHARS, "version")
+
+
+def _models_to_pb(models: Sequence[Model]) -> list[Any]:
+    return [pb.ModelVersion(model=model, version=version) for model, version in models]
+
+
+def _models_from_pb(models: Any) -> tuple[Model, ...]:
+    return tuple((m.model, m.version) for m in models)
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Who speaks. `instance`: 16 random bytes of this process. `policy_version` 0 = its own policy."""
+
+    kind: PeerKind
+    instance: bytes
+    release: str
+    models: tuple[Model, ...]
+    policy_version: int = 0
+    address: str = ""
+
+    def __post_init__(self) -> None:
+        length(self.instance, INSTANCE_BYTES, "instance")
+        text(self.release, NAME_CHARS, "release")
+        text(self.address, NAME_CHARS, "address")
+        _check_models(self.models)
+
+    def message(self) -> Any:
+        return pb.Hello(
+            kind=_KIND_TO_PB[self.kind],
+            instance=self.instance,
+            release=self.release,
+            models=_models_to_pb(self.models),
+            policy_version=self.policy_version,
+            address=self.address,
+        )
+
+    @classmethod
+    def from_message(cls, m: Any) -> Hello:
+        models = _models_from_pb(m.models)
+        return cls(_kind(m.kind), m.instance, m.release, models, m.policy_version, m.address)
+
+
+@dataclass(frozen=True, slots=True)
+class StepTiming:
+    """Quantiles of one step's time, seconds."""
+
+    step: str
+    samples: int
+    p50_s: float
+    p95_s: float
+
+    def __post_init__(self) -> None:
+        text(self.step, NAME_CHARS, "step")
+        seconds(self.p50_s, "p50_s")
+        seconds(self.p95_s, "p95_s")
+
+
+@dataclass(frozen=True, slots=True)
+class CellLoad:
+    """How busy a cell is now; `restarts` of evaluators since it started."""
+
+    evaluators: int = 0
+    queue_depth: int = 0
+    backlog_s: float = 0.0
+    sessions: int = 0
+    restarts: int = 0
+    key_store_bytes: int = 0
+    draining: bool = False
+
+    def __post_init__(self) -> None:
+        seconds(self.backlog_s, "backlog_s")
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Sums since the last report, over `interval_s`. Timings and counts only."""
+
+    interval_s: float
+    routes: Mapping[str, int] = field(default_factory=dict)
+    fallbacks: Mapping[str, int] = field(default_factory=dict)
+    steps: tuple[StepTiming, ...] = ()
+    uplink_bytes: int = 0
+    reply_bytes: int = 0
+    tail: str = ""
+    load: CellLoad | None = None
+    models: tuple[Model, ...] = ()
+
+    def __post_init__(self) -> None:
+        seconds(self.interval_s, "interval_s")
+        text(self.tail, NAME_CHARS, "tail")
+        for mapping, name in ((self.routes, "routes"), (self.fallbacks, "fallbacks")):
+            _few(mapping, name)
+            for key in mapping:
+                text(key, NAME_CHARS, name)
+        _few(self.steps, "steps")
+        _check_models(self.models)
+
+    def message(self) -> Any:
+        load = None
+        if self.load is not None:
+            load = pb.CellLoad(**{name: getattr(self.load, name) for name in CellLoad.__slots__})
+        return pb.Report(
+            interval_s=self.interval_s,
+            routes=self.routes,
+            fallbacks=self.fallbacks,
+            steps=[
+                pb.StepTiming(step=s.step, samples=s.samples, p50_s=s.p50_s, p95_s=s.p95_s)
+                for s in self.steps
+            ],
+            uplink_bytes=self.uplink_bytes,
+            reply_bytes=self.reply_bytes,
+            tail=self.tail,
+            load=load,
+            models=_models_to_pb(self.models),
+        )
+
+    @classmethod
+    def from_message(cls, m: Any) -> Report:
+        load = None
+        if m.HasField("load"):
+            load = CellLoad(**{name: getattr(m.load, name) for name in CellLoad.__slots__})
+        steps = tuple(StepTiming(s.step, s.samples, s.p50_s, s.p95_s) for s in m.steps)
+        return cls(
+            m.interval_s,
+            dict(m.routes),
+            dict(m.fallbacks),
+            steps,
+            m.uplink_bytes,
+            m.reply_bytes,
+            m.tail,
+            load,
+            _models_from_pb(m.models),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyAck:
+    """An edge's word on a policy: `applied`, or refused for `reason`."""
+
+    version: int
+    applied: bool
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        text(self.reason, TEXT_CHARS, "reason")
+
+
+Up = Hello | Report | PolicyAck
+
+
+def encode_up(up: Up) -> bytes:
+    """One message of an edge or a cell."""
+    if isinstance(up, Hello):
+        return encoded(lambda: pb.AttachUp(hello=up.message()), "Hello")
+    if isinstance(up, Report):
+        return encoded(lambda: pb.AttachUp(report=up.message()), "Report")
+    return encoded(
+        lambda: pb.AttachUp(ack=pb.PolicyAck(version=up.version, applied=up.applied, reason=up.reason)),
+        "PolicyAck",
+    )
+
+
+def decode_up(data: bytes) -> Up:
+    """Raises `ContainerError`."""
+    m = parse(pb.AttachUp(), data, UP_BYTES)
+    which = m.WhichOneof("what")
+    if which == "hello":
+        return Hello.from_message(m.hello)
+    if which == "report":
+        return Report.from_message(m.report)
+    if which == "ack":
+        return PolicyAck(m.ack.version, m.ack.applied, m.ack.reason)
+    raise ContainerError("an empty message on the control stream: the peer speaks a newer protocol")
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """First answer on a stream: how often to report."""
+
+    report_interval_s: float
+
+    def __post_init__(self) -> None:
+        seconds(self.report_interval_s, "report_interval_s")
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyUpdate:
+    """A version of a policy. `model` "" = for models without one of their own.
+
+    `document`: JSON bytes, opened by `PolicyDocument.decode`.
+    """
+
+    version: int
+    model: str
+    document: bytes
+
+    def __post_init__(self) -> None:
+        text(self.model, NAME_CHARS, "model")
+        if len(self.document) > DOCUMENT_BYTES:
+            raise ContainerError(f"a policy document has at most {DOCUMENT_BYTES} bytes")
+
+    def message(self) -> Any:
+        return pb.Policy(version=self.version, model=self.model, document=self.document)
+
+    @classmethod
+    def from_message(cls, m: Any) -> PolicyUpdate:
+        return cls(m.version, m.model, m.document)
+
+
+Down = PolicyUpdate | Welcome
+
+
+def encode_down(down: Down) -> bytes:
+    if isinstance(down, PolicyUpdate):
+        return encoded(lambda: pb.AttachDown(policy=down.message()), "Policy")
+    return build(pb.AttachDown, welcome=pb.Welcome(report_interval_s=down.report_interval_s))
+
+
+def decode_down(data: bytes) -> Down | None:
+    """None for a kind of message that this release does not know. Raises `ContainerError`."""
+    m = parse(pb.AttachDown(), data, DOWN_BYTES)
+    which = m.WhichOneof("what")
+    if which == "policy":
+        return PolicyUpdate.from_message(m.policy)
+    if which == "welcome":
+        return Welcome(m.welcome.report_interval_s)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyQuery:
+    """`model` "" = all; `limit` 0 = the server's own."""
+
+    model: str = ""
+    limit: int = 0
+
+    def encode(self) -> bytes:
+        return build(pb.PolicyQuery, model=self.model, limit=self.limit)
+
+    @classmethod
+    def decode(cls, data: bytes) -> PolicyQuery:
+        m = parse(pb.PolicyQuery(), data, CHANGE_BYTES)
+        return cls(m.model, m.limit)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyChange:
+    """A new version for `model` ("" = the default)."""
+
+    model: str
+    document: bytes
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        text(self.model, NAME_CHARS, "model")
+        text(self.note, TEXT_CHARS, "note")
+
+    def encode(self) -> bytes:
+        return build(pb.PolicyChange, model=self.model, document=self.document, note=self.note)
+
+    @classmethod
+    def decode(cls, data: bytes) -> PolicyChange:
+        m = parse(pb.PolicyChange(), data, CHANGE_BYTES)
+        return cls(m.model, m.document, m.note)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyEntry:
+    """One version in the history. `applied` and `refused` count edges that are attached."""
+
+    update: PolicyUpdate
+    state: PolicyState
+    created_unix_s: float
+    author: str
+    note: str = ""
+    applied: int = 0
+    refused: int = 0
+
+    def message(self) -> Any:
+        return pb.PolicyEntry(
+            policy=self.update.message(),
+            state=_STATE_TO_PB[self.state],
+            created_unix_s=self.created_unix_s,
+            author=self.author,
+            note=self.note,
+            applied=self.applied,
+            refused=self.refused,
+        )
+
+    @classmethod
+    def from_message(cls, m: Any) -> PolicyEntry:
+        state = _STATE_FROM_PB.get(m.state)
+        if state is None:
+            raise ContainerError(f"unknown policy state {m.state}: the peer speaks a newer protocol")
+        update = PolicyUpdate.from_message(m.policy)
+        return cls(update, state, m.created_unix_s, m.author, m.note, m.applied, m.refused)
+
+    def encode(self) -> bytes:
+        return encoded(self.message, "PolicyEntry")
+
+    @classmethod
+    def decode(cls, data: bytes) -> PolicyEntry:
+        return cls.from_message(parse(pb.PolicyEntry(), data, LIST_BYTES))
+
+
+def encode_entries(entries: Sequence[PolicyEntry]) -> bytes:
+    return encoded(lambda: pb.PolicyList(entries=[e.message() for e in entries]), "PolicyList")
+
+
+def decode_entries(data: bytes) -> list[PolicyEntry]:
+    return [PolicyEntry.from_message(m) for m in parse(pb.PolicyList(), data, LIST_BYTES).entries]
+
+
+@dataclass(frozen=True, slots=True)
+class FleetPeer:
+    """One attached edge or cell. `reported_s`: age of `report`, negative when there is none."""
+
+    hello: Hello
+    identity: str
+    attached_s: float
+    reported_s: float
+    report: Report
+
+    def message(self) -> Any:
+        h = self.hello
+        return pb.FleetPeer(
+            kind=_KIND_TO_PB[h.kind],
+            identity=self.identity,
+            instance=h.instance,
+            release=h.release,
+            models=_models_to_pb(h.models),
+            policy_version=h.policy_version,
+            address=h.address,
+            attached_s=self.attached_s,
+            reported_s=self.reported_s,
+            report=self.report.message(),
+        )
+
+    @classmethod
+    def from_message(cls, m: Any) -> FleetPeer:
+        models = _models_from_pb(m.models)
+        hello = Hello(_kind(m.kind), m.instance, m.release, models, m.policy_version, m.address)
+        return cls(hello, m.identity, m.attached_s, m.reported_s, Report.from_message(m.report))
+
+
+def encode_fleet(peers: Sequence[FleetPeer]) -> bytes:
+    return encoded(lambda: pb.FleetReply(peers=[p.message() for p in peers]), "FleetReply")
+
+
+def decode_fleet(data: bytes) -> list[FleetPeer]:
+    return [FleetPeer.from_message(m) for m in parse(pb.FleetReply(), data, LIST_BYTES).peers]
+
+
+def _kind(number: int) -> PeerKind:
+    kind = _KIND_FROM_PB.get(number)
+    if kind is None:
+        raise ContainerError("the peer does not say whether it is an edge or a cell")
+    return kind
+
+
+__all__ = [
+    "CHANGE_BYTES",
+    "CONTROL",
+    "DOWN_BYTES",
+    "INSTANCE_BYTES",
+    "LIST_BYTES",
+    "POLICIES",
+    "UP_BYTES",
+    "CellLoad",
+    "Down",
+    "FleetPeer",
+    "Hello",
+    "Model",
+    "PeerKind",
+    "PolicyAck",
+    "PolicyChange",
+    "PolicyEntry",
+    "PolicyQuery",
+    "PolicyState",
+    "PolicyUpdate",
+    "Report",
+    "StepTiming",
+    "Up",
+    "Welcome",
+    "decode_down",
+    "decode_entries",
+    "decode_fleet",
+    "decode_up",
+    "encode_down",
+    "encode_entries",
+    "encode_fleet",
+    "encode_up",
+]

@@ -1,0 +1,106 @@
+"""What runs in an evaluator's process, and how its outcomes cross to the gateway's: as plain tuples."""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from blindtail import errors
+from blindtail.bundle import CloudBundle
+from blindtail.errors import BlindtailError, EvaluationFailed
+from blindtail.he.program import Program
+from cloud.engine import Engine, limit_threads
+from cloud.keyfolder import program_path
+
+#: ("ok", payload...) or ("error", class name, public message).
+Outcome = tuple[Any, ...]
+
+
+def end_without_raylet() -> None:
+    """Ends this process when the raylet that started it is gone: it could reach nobody any more."""
+    raylet = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == raylet:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="raylet-watchdog", daemon=True).start()
+
+
+def error_outcome(error: BaseException) -> Outcome:
+    name = type(error).__name__ if isinstance(error, BlindtailError) else ""
+    return ("error", name, str(error) if name else type(error).__name__)
+
+
+def raise_outcome(outcome: Outcome) -> None:
+    """Raises what an ("error", ...) stands for."""
+    if outcome[0] == "ok":
+        return
+    kind = getattr(errors, outcome[1], None) if outcome[1] in errors.__all__ else None
+    if kind is None:
+        raise EvaluationFailed(f"a process of the cell failed ({outcome[2]}); its log says why")
+    raise kind(outcome[2])
+
+
+class EvaluatorActor:
+    """Evaluates, one request at a time. Has no way to hold a secret key.
+
+    `root` is the cell's state directory, where the programs are; `names` those to
+    hold from the start (see `cloud.engine`).
+    """
+
+    def __init__(
+        self, root: Path, names: Sequence[str], backend: str, loaded_keys_bytes: int, threads: int
+    ) -> None:
+        end_without_raylet()
+        # A core dump would hold clients' keys.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        limit_threads(threads)
+        self._root = root
+        self._opened: dict[str, Program] = {}  # by own id: a stand-in shares its weights
+        self._engine = Engine({}, backend, loaded_keys_bytes)
+        for name in names:
+            self._load(name)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def load(self, names: Sequence[str]) -> Outcome:
+        """All or none."""
+        try:
+            for name in names:
+                self._load(name)
+            return ("ok",)
+        except Exception as error:
+            self.unload(names)
+            return error_outcome(error)
+
+    def unload(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._engine.unload(name)
+        used = {name.rpartition(":")[2] for name in self._engine.names}
+        self._opened = {own: program for own, program in self._opened.items() if own in used}
+
+    def _load(self, name: str) -> None:
+        own = name.rpartition(":")[2]
+        if own not in self._opened:
+            self._opened[own] = CloudBundle.open(program_path(self._root, own)).programs[0]
+        self._engine.load(name, self._opened[own])
+
+    def evaluate(self, program_id: str, keys_path: str, container: bytes) -> Outcome:
+        try:
+            if program_id not in self._engine.names:
+                self._load(program_id)
+            reply, eval_s = self._engine.evaluate(program_id, keys_path, container)
+            return ("ok", reply, eval_s, tuple(self._engine.counters))
+        except Exception as error:
+            return error_outcome(error)
+
+
+__all__ = ["EvaluatorActor", "Outcome", "end_without_raylet", "error_outcome", "raise_outcome"]
