@@ -26,7 +26,16 @@ from blindtail.policy_document import Objectives, PolicyDocument
 from blindtail.wire.control import FleetPeer, PeerKind, PolicyChange, PolicyEntry, PolicyState
 from orchestrator.config import OrchestratorConfig
 from orchestrator.policies_client import PoliciesClient
-from orchestrator.texts import document_text, entry_json, entry_text, peer_json, peer_text, plain
+from orchestrator.texts import (
+    document_text,
+    entry_json,
+    entry_text,
+    peer_json,
+    peer_text,
+    plain,
+    usage_json,
+    usage_text,
+)
 
 #: How often `policy set --wait` looks, and how far back it looks for its version.
 _POLL_S, _RECENT = 0.1, 100
@@ -52,6 +61,7 @@ def register(app: typer.Typer) -> None:
     policy.command("set")(set_command)
     policy.command("history")(history_command)
     policy.command("fleet")(fleet_command)
+    policy.command("usage")(usage_command)
     app.add_typer(policy)
 
 
@@ -149,6 +159,31 @@ def history_command(
     credentials = credentials_of(plaintext, ca, certificate, key, server_name)
     with PoliciesClient(orchestrator, credentials) as client:
         _print_entries(client.history(model, limit), as_json, "no policy was ever set")
+
+
+def usage_command(
+    orchestrator: Address,
+    model: Model = "",
+    hours: Annotated[float, typer.Option("--hours", min=0.0, help="How far back, in hours.")] = 24.0,
+    plaintext: Plaintext = False,
+    ca: Ca = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    server_name: ServerName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what edges have reported: answers by route, fallbacks by reason, bytes.
+
+    \b
+      blindtail policy usage --hours 1 --orchestrator 127.0.0.1:50061 --plaintext
+    """
+    credentials = credentials_of(plaintext, ca, certificate, key, server_name)
+    with PoliciesClient(orchestrator, credentials) as client:
+        counts = client.usage(model, 3600 * hours)
+    if as_json:
+        print(json.dumps(usage_json(counts), indent=2))
+    else:
+        print(usage_text(counts) or f"no edge has reported an answer in the last {hours:g} hours")
 
 
 def fleet_command(

@@ -27,6 +27,7 @@ from blindtail.wire.control import (
     PolicyEntry,
     PolicyUpdate,
     Report,
+    UsageCount,
 )
 from orchestrator.config import OrchestratorConfig
 from orchestrator.peers import Peer, Peers, passing
@@ -227,6 +228,12 @@ class Controller:
         """Who is attached, the longest attached first."""
         now_s = self._clock()
         return [peer.shown(now_s, with_reports) for peer in self._peers]
+
+    async def usage(self, model: str, last_s: float) -> list[UsageCount]:
+        """What edges reported in the last `last_s` seconds, whole minutes. Raises `StateError`."""
+        await self._whole(self._write())
+        since = max(0, int((self._wall() - min(last_s, self.config.retention_s)) // 60))
+        return [UsageCount(*row) for row in await self._stored(self._store.usage, model, since)]
 
     async def _entries(self, chosen: list[Stored]) -> list[PolicyEntry]:
         await self._whole(self._write())

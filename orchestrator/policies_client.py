@@ -16,8 +16,11 @@ from blindtail.wire.control import (
     PolicyChange,
     PolicyEntry,
     PolicyQuery,
+    UsageCount,
+    UsageQuery,
     decode_entries,
     decode_fleet,
+    decode_usage,
 )
 
 CALL_S = 10.0
@@ -48,6 +51,10 @@ class PoliciesClient:
 
     def fleet(self) -> list[FleetPeer]:
         return decode_fleet(self._call("Fleet", b""))
+
+    def usage(self, model: str = "", last_s: float = 86_400.0) -> list[UsageCount]:
+        """What edges reported in the last `last_s` seconds; "" = all models."""
+        return decode_usage(self._call("Usage", UsageQuery(model, last_s).encode()))
 
     def close(self) -> None:
         self._channel.close()

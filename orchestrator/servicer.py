@@ -19,11 +19,13 @@ from blindtail.wire.control import (
     Hello,
     PolicyChange,
     PolicyQuery,
+    UsageQuery,
     Welcome,
     decode_up,
     encode_down,
     encode_entries,
     encode_fleet,
+    encode_usage,
 )
 from orchestrator.controller import Controller
 from orchestrator.peers import Peer
@@ -102,7 +104,13 @@ class ControlServer:
     # -- operators ---------------------------------------------------------------
 
     def _policies(self) -> dict[str, Any]:
-        methods = {"Get": self._get, "Set": self._set, "History": self._history, "Fleet": self._fleet}
+        methods = {
+            "Get": self._get,
+            "Set": self._set,
+            "History": self._history,
+            "Fleet": self._fleet,
+            "Usage": self._usage,
+        }
         return {name: grpc.unary_unary_rpc_method_handler(method) for name, method in methods.items()}
 
     def _operator(self, context: Any) -> Any:
@@ -141,6 +149,14 @@ class ControlServer:
             if len(whole) > LIST_BYTES:
                 whole = encode_fleet(self._controller.fleet(with_reports=False))
             return whole
+
+        return await answer(context, call)
+
+    async def _usage(self, data: bytes, context: Any) -> bytes:
+        async def call() -> bytes:
+            self._operator(context)
+            query = UsageQuery.decode(data)
+            return encode_usage(await self._controller.usage(query.model, query.last_s))
 
         return await answer(context, call)
 

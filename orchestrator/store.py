@@ -203,6 +203,17 @@ class Store:
             )
             return {(minute, model, kind, name): total for minute, model, kind, name, total in rows}
 
+    def usage(self, model: str, since_minute: int) -> list[tuple[str, str, str, int]]:
+        """(model, kind, name, total) since a minute, sorted; `model` "" = all."""
+        with self._reading() as db:
+            # total() and not sum(): what peers claim may add up to more than an integer holds.
+            rows = db.execute(
+                "SELECT model, kind, name, total(total) FROM sums "
+                "WHERE minute >= ? AND ? IN ('', model) GROUP BY model, kind, name ORDER BY 1, 2, 3",
+                (since_minute, model),
+            )
+            return [(str(m), str(kind), str(name), min(int(total), _MOST)) for m, kind, name, total in rows]
+
     def forget(self, before_unix_s: float, most_sums: int = MOST_SUMS) -> None:
         """Drops sums, and votes on versions no longer in force, that are older; of the sums also the
         oldest minutes beyond `most_sums` rows, whatever their age. Policies stay."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from blindtail.errors import ConfigError
 from blindtail.policy_document import PolicyDocument
-from blindtail.wire.control import CellLoad, FleetPeer, PeerKind, PolicyEntry, Report
+from blindtail.wire.control import CellLoad, FleetPeer, PeerKind, PolicyEntry, Report, UsageCount
 
 
 def entry_json(entry: PolicyEntry) -> dict[str, Any]:
@@ -97,6 +97,29 @@ def peer_text(peer: FleetPeer) -> str:
     elif second:
         second += f" ({_age(peer.reported_s)} ago)"
     return plain("  ".join(first)) + "\n  " + plain(second)
+
+
+def usage_json(counts: Sequence[UsageCount]) -> dict[str, dict[str, dict[str, int]]]:
+    """Model -> "route", "fallback" or "bytes" -> name -> total."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for count in counts:
+        kinds = found.setdefault(count.model, {"route": {}, "fallback": {}, "bytes": {}})
+        kinds.setdefault(count.kind, {})[count.name] = count.total
+    return found
+
+
+def usage_text(counts: Sequence[UsageCount]) -> str:
+    """Two or three lines a model."""
+    lines = []
+    for model, kinds in usage_json(counts).items():
+        answers = sum(kinds["route"].values())
+        shares = ", ".join(f"{name} {n} ({n / answers:.1%})" for name, n in sorted(kinds["route"].items()))
+        lines.append(f"{model}  {answers} answers: {shares}")
+        if kinds["fallback"]:
+            lines.append(f"  fallbacks: {_counts(kinds['fallback'])}")
+        up, back = kinds["bytes"].get("uplink", 0), kinds["bytes"].get("reply", 0)
+        lines.append(f"  {up / 1e6:.1f} MB up, {back / 1e6:.1f} MB back")
+    return "\n".join(map(plain, lines))
 
 
 def plain(text: str) -> str:

@@ -231,6 +231,32 @@ class FleetPeer(_message.Message):
     report: Report
     def __init__(self, kind: _Optional[_Union[PeerKind, str]] = ..., identity: _Optional[str] = ..., instance: _Optional[bytes] = ..., release: _Optional[str] = ..., models: _Optional[_Iterable[_Union[ModelVersion, _Mapping]]] = ..., policy_version: _Optional[int] = ..., address: _Optional[str] = ..., attached_s: _Optional[float] = ..., reported_s: _Optional[float] = ..., report: _Optional[_Union[Report, _Mapping]] = ...) -> None: ...
 
+class UsageQuery(_message.Message):
+    __slots__ = ("model", "last_s")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LAST_S_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    last_s: float
+    def __init__(self, model: _Optional[str] = ..., last_s: _Optional[float] = ...) -> None: ...
+
+class UsageCount(_message.Message):
+    __slots__ = ("model", "kind", "name", "total")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    kind: str
+    name: str
+    total: int
+    def __init__(self, model: _Optional[str] = ..., kind: _Optional[str] = ..., name: _Optional[str] = ..., total: _Optional[int] = ...) -> None: ...
+
+class UsageReply(_message.Message):
+    __slots__ = ("counts",)
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    counts: _containers.RepeatedCompositeFieldContainer[UsageCount]
+    def __init__(self, counts: _Optional[_Iterable[_Union[UsageCount, _Mapping]]] = ...) -> None: ...
+
 class FleetReply(_message.Message):
     __slots__ = ("peers",)
     PEERS_FIELD_NUMBER: _ClassVar[int]

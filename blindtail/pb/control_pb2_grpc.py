@@ -136,6 +136,11 @@ class PoliciesStub:
                 request_serializer=blindtail_dot_pb_dot_control__pb2.FleetQuery.SerializeToString,
                 response_deserializer=blindtail_dot_pb_dot_control__pb2.FleetReply.FromString,
                 _registered_method=True)
+        self.Usage = channel.unary_unary(
+                '/blindtail.v1.Policies/Usage',
+                request_serializer=blindtail_dot_pb_dot_control__pb2.UsageQuery.SerializeToString,
+                response_deserializer=blindtail_dot_pb_dot_control__pb2.UsageReply.FromString,
+                _registered_method=True)
 
 
 class PoliciesServicer:
@@ -170,6 +175,13 @@ class PoliciesServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Usage(self, request, context):
+        """what edges have reported, added up
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PoliciesServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -192,6 +204,11 @@ def add_PoliciesServicer_to_server(servicer, server):
                     servicer.Fleet,
                     request_deserializer=blindtail_dot_pb_dot_control__pb2.FleetQuery.FromString,
                     response_serializer=blindtail_dot_pb_dot_control__pb2.FleetReply.SerializeToString,
+            ),
+            'Usage': grpc.unary_unary_rpc_method_handler(
+                    servicer.Usage,
+                    request_deserializer=blindtail_dot_pb_dot_control__pb2.UsageQuery.FromString,
+                    response_serializer=blindtail_dot_pb_dot_control__pb2.UsageReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -303,6 +320,33 @@ class Policies:
             '/blindtail.v1.Policies/Fleet',
             blindtail_dot_pb_dot_control__pb2.FleetQuery.SerializeToString,
             blindtail_dot_pb_dot_control__pb2.FleetReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Usage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/blindtail.v1.Policies/Usage',
+            blindtail_dot_pb_dot_control__pb2.UsageQuery.SerializeToString,
+            blindtail_dot_pb_dot_control__pb2.UsageReply.FromString,
             options,
             channel_credentials,
             insecure,

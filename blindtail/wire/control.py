@@ -6,6 +6,7 @@ service blindtail.v1.Policies   operators
   Get      PolicyQuery  -> list of PolicyEntry
   Set      PolicyChange -> PolicyEntry
   History  PolicyQuery  -> list of PolicyEntry
+  Usage    UsageQuery   -> list of UsageCount
   Fleet    (nothing)    -> list of FleetPeer
 """
 
@@ -422,6 +423,49 @@ def decode_fleet(data: bytes) -> list[FleetPeer]:
     return [FleetPeer.from_message(m) for m in parse(pb.FleetReply(), data, LIST_BYTES).peers]
 
 
+@dataclass(frozen=True, slots=True)
+class UsageQuery:
+    """What edges reported in the last `last_s` seconds; `model` "" = all."""
+
+    model: str = ""
+    last_s: float = 86_400.0
+
+    def __post_init__(self) -> None:
+        text(self.model, NAME_CHARS, "model")
+        seconds(self.last_s, "last_s")
+
+    def encode(self) -> bytes:
+        return build(pb.UsageQuery, model=self.model, last_s=self.last_s)
+
+    @classmethod
+    def decode(cls, data: bytes) -> UsageQuery:
+        m = parse(pb.UsageQuery(), data, CHANGE_BYTES)
+        return cls(m.model, m.last_s)
+
+
+@dataclass(frozen=True, slots=True)
+class UsageCount:
+    """`kind` is "route" (answers), "fallback" (of those) or "bytes" ("uplink" and "reply")."""
+
+    model: str
+    kind: str
+    name: str
+    total: int
+
+
+def encode_usage(counts: Sequence[UsageCount]) -> bytes:
+    fields = UsageCount.__slots__
+    return encoded(
+        lambda: pb.UsageReply(counts=[pb.UsageCount(**{f: getattr(c, f) for f in fields}) for c in counts]),
+        "UsageReply",
+    )
+
+
+def decode_usage(data: bytes) -> list[UsageCount]:
+    found = parse(pb.UsageReply(), data, LIST_BYTES).counts
+    return [UsageCount(m.model, m.kind, m.name, m.total) for m in found]
+
+
 def _kind(number: int) -> PeerKind:
     kind = _KIND_FROM_PB.get(number)
     if kind is None:
@@ -452,13 +496,17 @@ __all__ = [
     "Report",
     "StepTiming",
     "Up",
+    "UsageCount",
+    "UsageQuery",
     "Welcome",
     "decode_down",
     "decode_entries",
     "decode_fleet",
     "decode_up",
+    "decode_usage",
     "encode_down",
     "encode_entries",
     "encode_fleet",
     "encode_up",
+    "encode_usage",
 ]

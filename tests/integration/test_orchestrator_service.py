@@ -101,6 +101,9 @@ def test_the_fleet(orchestrator: LocalOrchestrator) -> None:
         peers = client.fleet()
         assert {p.hello.instance for p in peers} >= {one.instance}
         assert all(p.identity == "loopback" and 0 <= p.reported_s < 5 for p in peers)
+        counted_for = {(c.model, c.kind, c.name): c.total for c in client.usage()}
+        assert counted_for[("toy", "route", "tail")] == 3
+        assert client.usage("other") == []
     with orchestrator.policies() as client:
         until(lambda: client.fleet() == [])
 
@@ -228,7 +231,12 @@ def test_roles_over_mutual_tls(secured: LocalOrchestrator, issued: dict[str, Cli
         assert cell.version == 0  # policies are for edges
         for name in ("camera", "a", "control"):
             with secured.policies(issued[name]) as stranger:
-                for call in (stranger.get, stranger.fleet, lambda: stranger.set(PolicyChange("", OTHER))):
+                for call in (
+                    stranger.get,
+                    stranger.fleet,
+                    stranger.usage,
+                    lambda: stranger.set(PolicyChange("", OTHER)),
+                ):
                     with pytest.raises(AccessDenied, match="role operator"):
                         call()
         edge_hello, cell_hello = HELLO, encode_up(cell.hello())
@@ -325,6 +333,10 @@ def test_commands(
         assert out.splitlines()[-1] == "2 edges and 0 cells attached"
         assert "edge  loopback  toy 1  policy" in out
         assert [p["kind"] for p in json.loads(run("fleet", "--json")[1])] == ["edge", "edge"]
+        assert run("usage")[1].startswith("no edge has reported an answer in the last 24 hours")
+        one.answers = 4
+        until(lambda: run("usage")[1].startswith("toy  4 answers: tail 4 (100.0%)"))
+        assert json.loads(run("usage", "--hours", "1", "--json")[1])["toy"]["route"] == {"tail": 4}
     code, out, _ = run("history")
     assert [line for line in out.splitlines() if line.startswith("version")] == [
         "version 4  for toy  active",

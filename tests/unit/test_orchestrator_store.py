@@ -79,6 +79,25 @@ def test_everything_is_there_after_a_restart(tmp_path: Path) -> None:
     second.close()
 
 
+def test_usage_is_added_up_by_model_and_name(store: Store) -> None:
+    store.add_sums(
+        {
+            (10, "a", "route", "tail"): 3,
+            (11, "a", "route", "tail"): 4,
+            (11, "a", "fallback", "deadline"): 1,
+            (11, "b", "route", "exit1"): 2**63,
+            (12, "b", "route", "exit1"): 2**63,  # together more than an integer holds
+        }
+    )
+    assert store.usage("", 0) == [
+        ("a", "fallback", "deadline", 1),
+        ("a", "route", "tail", 7),
+        ("b", "route", "exit1", 2**62),
+    ]
+    assert store.usage("a", 11) == [("a", "fallback", "deadline", 1), ("a", "route", "tail", 4)]
+    assert store.usage("a", 12) == []
+
+
 def test_what_is_old_goes(store: Store) -> None:
     put(store, "a")
     put(store, "a")
