@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -110,11 +110,14 @@ class Child:
         if self.code is None:
             self._process.kill()
             self._process.wait()
-        # Children of a parent that is gone keep their pid and start time.
-        for pid, started in family:
-            if _start_time(pid) == started:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
+        _kill(family)
+
+    def kill(self) -> None:
+        """SIGKILL to it and all its descendants at once, as a machine that loses power."""
+        family = _descendants(self.pid)
+        self._process.kill()
+        _kill(family)
+        self._process.wait()
 
     def __enter__(self) -> Self:
         return self
@@ -144,6 +147,14 @@ def _stat(pid: int) -> list[str] | None:
 def _start_time(pid: int) -> str | None:
     fields = _stat(pid)
     return fields[19] if fields and fields[0] != "Z" else None
+
+
+def _kill(family: Iterable[tuple[int, str]]) -> None:
+    """Children of a parent that is gone keep their pid and start time."""
+    for pid, started in family:
+        if _start_time(pid) == started:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _descendants(root: int) -> set[tuple[int, str]]:

@@ -1,13 +1,15 @@
 """No secret crosses: every byte of a recorded run is searched for what must stay where it is.
 
 A real cell and a real edge talk through a link that records both directions: keys are
-made and uploaded, images are offloaded with encryption, replies come back. The
-scanner (`leakscan`) then looks for the secret key, activations, decrypted logits and the
-tail's weights in every form, and finds all of them where they were planted.
+made and uploaded, images are offloaded with encryption, replies come back. Another
+link records what the edge and its orchestrator say to each other. The scanner
+(`leakscan`) then looks for the secret key, activations, decrypted logits, confidences and
+the tail's weights in every form, and finds all of them where they were planted.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from cloud.local import LocalCell
 from edge.pair import ModelPair
 from edge.runtime import EdgeRuntime
 from edge.verify import read_images
+from orchestrator.config import OrchestratorConfig
+from orchestrator.local import LocalOrchestrator
 from tests.e2e.leakscan import Form, Scanner, float_forms, plant, residue_forms, summary, ternary_forms
 
 pytestmark = pytest.mark.timeout(300)
@@ -34,6 +38,7 @@ class Recording:
     pair: ModelPair
     up: bytes
     down: bytes
+    control: bytes  # both directions
     forms: list[Form]
     uploads: int
 
@@ -113,16 +118,27 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     with (
         LocalCell([ZOO / "cloud.bt"], state_dir=folder / "cloud") as cell,
         ShapedLink(cell.address, record=folder / "bytes") as link,
+        LocalOrchestrator(
+            state_dir=folder / "orchestrator", config=OrchestratorConfig(report_interval_s=0.2)
+        ) as orchestrator,
+        ShapedLink(orchestrator.address, record=folder / "control") as control,
+        orchestrator.policies() as operator,
         EdgeRuntime.open(
             ZOO / "edge.bt",
             link.address,
+            orchestrator=control.address,
             credentials="insecure-loopback",
             policy="cloud-only",
             state_dir=folder / "edge",
         ) as edge,
     ):
         assert edge.wait_ready(120), edge.status()
+        assert edge.wait_attached(30)
         answers = [edge.infer(image) for image in pixels]
+        end_s = time.monotonic() + 30
+        while sum(c.total for c in operator.usage() if c.kind == "route") < IMAGES:
+            assert time.monotonic() < end_s, "the edge has reported nothing"
+            time.sleep(0.1)
     assert [a.route for a in answers] == ["tail"] * IMAGES
     (secret,) = [p for p in (folder / "edge").rglob("*") if p.is_file() and "secret" in p.name]
     head = pair.run_head(pixels)
@@ -137,12 +153,15 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
         forms.append(Form(f"image {i}", "<u1", pixels[i].tobytes(), 16))
         # The answer in probabilities, and the plaintext polynomial of the activation.
         forms += float_forms(f"answer {i}", np.array(answers[i].probabilities))
+        seen = [(e.confidence, e.margin, e.entropy) for e in answers[i].exits]
+        forms += float_forms(f"exits {i}", np.array(seen))
         forms += _plaintext_forms(pair, f"activation polynomial {i}", head.activations[i])
 
-    def read(way: str) -> bytes:
-        return b"".join(p.read_bytes() for p in sorted((folder / "bytes").glob(f"*.{way}")))
+    def read(way: str, link: str = "bytes") -> bytes:
+        return b"".join(p.read_bytes() for p in sorted((folder / link).glob(f"*.{way}")))
 
-    return Recording(pair, read("up"), read("down"), forms, len(answers))
+    said = read("up", "control") + read("down", "control")
+    return Recording(pair, read("up"), read("down"), said, forms, len(answers))
 
 
 def _plaintext_forms(pair: ModelPair, name: str, activation: np.ndarray) -> list[Form]:
@@ -166,11 +185,15 @@ def test_the_recording_is_whole(recording: Recording) -> None:
     spec = recording.pair.spec
     assert len(recording.up) > spec.key_bytes + recording.uploads * spec.uplink_bytes
     assert len(recording.down) > recording.uploads * spec.reply_bytes
+    # The reports are there: their route, and the name of the learned step.
+    assert b"tail" in recording.control
+    assert b"offload1" in recording.control
 
 
 def test_nothing_secret_was_sent(recording: Recording, scanner: Scanner) -> None:
     assert scanner.windows > 1_000_000
-    for way, data in (("up", recording.up), ("down", recording.down)):
+    ways = (("up", recording.up), ("down", recording.down), ("control", recording.control))
+    for way, data in ways:
         hits = scanner.scan(data)
         assert not hits, f"{way}: {summary(hits)}"
 
