@@ -1,8 +1,9 @@
 """gRPC without surprises: channel and server options, errors, credentials, a typed stub.
 
 Rules that both sides follow:
-- reconnect back-off 0.2 to 1 s, keepalive 20 s, no retries inside gRPC (the edge
-  decides), no HTTP proxies, one TCP connection per channel;
+- reconnect back-off 0.2 to 1 s, keepalive 20 s, no retries inside gRPC but of calls
+  that no server has seen (else the edge decides), no HTTP proxies, one TCP
+  connection per channel;
 - plaintext only to loopback, and only when asked for by name; TLS is 1.3 (see
   `blindtail/_process.py`);
 - a `BlindtailError` travels as the status of `errors.STATUS_OF`, its public
@@ -68,7 +69,9 @@ def channel_options(max_reply_bytes: int = wire.REPLY_BYTES) -> _Options:
         ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.enable_retries", 0),
+        # Transparent ones alone (no service config): a call that met a connection's orderly end
+        # before the server saw it goes out again on the next connection.
+        ("grpc.enable_retries", 1),
         ("grpc.enable_http_proxy", 0),
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.max_receive_message_length", max_reply_bytes + wire.OVERHEAD_BYTES),
