@@ -1,5 +1,7 @@
 """`python -m bench NAME [--json] [--quick]`; `all`, `list` and `evidence` besides.
 
+The same as `blindtail bench` in a checkout.
+
 A benchmark is a module of this folder with `rows(args) -> list[dict]` (form:
 `bench.rows`), a docstring whose first line says what it measures, and, when it
 starts processes of its own, `PIN_CPU = False`.
@@ -16,11 +18,13 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from blindtail.errors import BlindtailError, ConfigError
+
 # One native thread, before numpy is imported: numbers are then comparable.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
-_HELPERS = {"__main__", "rows", "results", "evidence", "tails"}
+_HELPERS = {"ahead", "__main__", "rows", "results", "evidence", "tails", "interleave", "peers"}
 
 
 def names() -> list[str]:
@@ -61,7 +65,8 @@ def _sources(name: str, module: ModuleType) -> Sequence[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench", description="Every number we quote, one command each."
+        prog="blindtail bench",
+        description="Every number we quote, one command each.",
     )
     parser.add_argument("name", help=f"one of: {', '.join(names())}; or all, list, evidence")
     parser.add_argument("only", nargs="*", help="with 'all': just these")
@@ -69,8 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, for a look")
     parser.add_argument("--no-save", dest="save", action="store_false", help="leave bench/results alone")
     parser.add_argument(
-        "--peer", action="append", default=[], metavar="NAME=PYTHON", help="a rival and its interpreter"
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=PYTHON",
+        help="he: a rival (pyhelayers, orion-v2) and its interpreter; may be repeated",
     )
+    parser.add_argument("--threads", type=_threads, default=1, help="he: native threads of one evaluation")
+    parser.add_argument("--nets", help="he: some of A,B,C,demo  [default: all]")
     args = parser.parse_args(arguments)
     if args.name == "list":
         print("\n".join(names()))
@@ -80,10 +91,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = (args.only or names()) if args.name == "all" else [args.name]
     if unknown := sorted(set(wanted) - set(names())):
         parser.error(f"unknown benchmark {unknown[0]!r}; there are: {', '.join(names())}")
-    if args.quick:
-        args.save = False  # a quick look is no result
-    held = [run(name, args) for name in wanted]  # all of them, also after a missed target
+    if args.quick or args.nets or args.threads != 1:
+        args.save = False  # a quick look or a part is no result
+    held = []
+    for name in wanted:  # all of them, also after a missed target
+        try:
+            held.append(run(name, args))
+        except BlindtailError as error:
+            print(f"bench {name}: {error}", file=sys.stderr)
+            if len(wanted) == 1:
+                return 2 if isinstance(error, ConfigError) else 1
+            held.append(False)
     return 0 if all(held) else 1
+
+
+def _threads(text: str) -> int:
+    if not 1 <= int(text) <= 256:
+        raise argparse.ArgumentTypeError("between 1 and 256")
+    return int(text)
 
 
 def _evidence(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from blindtail.he.compiler import compile_tail
 from blindtail.he.layers import FloatArray, evaluate_clear, squares_only
 from blindtail.he.program import Program
 
-SOURCES = ("blindtail/he/*.py", "bench/properties.py", "bench/tails.py")
+SOURCES = ("blindtail/he/*.py", "native/src/*", "bench/properties.py", "bench/tails.py")
 _EXACT, _ENCRYPTED = 500, 60
 
 
@@ -32,23 +32,33 @@ def rows(args: argparse.Namespace) -> list[Row]:
         good = np.allclose(got, want, rtol=1e-9, atol=1e-9 * max(1.0, float(np.abs(want).max())))
         wrong += not (good and again.spec == program.spec)
         _progress("exact", seed + 1, exact)
-    ratios = []
+    ratios: dict[str, list[FloatArray]] = {}
     for seed in range(encrypted):
-        ratios.append(_encrypted(*_case(seed)))
+        for backend, found in _encrypted(*_case(seed)).items():
+            ratios.setdefault(backend, []).append(found)
         _progress("encrypted", seed + 1, encrypted)
-    of_bound = np.concatenate(ratios)
-    return [
-        row("random tails that differ from their layers", wrong, "tails", target=0, n=exact),
-        row("largest error over its bound", float(of_bound.max()), "1", target=1, n=len(of_bound)),
-        row(
-            "median of bound over error",
-            float(1 / np.median(of_bound)),
-            "1",
-            target=32,
-            n=len(of_bound),
-            note=f"{encrypted} random tails on real ciphertexts",
-        ),
-    ]
+    made = [row("random tails that differ from their layers", wrong, "tails", target=0, n=exact)]
+    for backend, parts in ratios.items():
+        of_bound = np.concatenate(parts)
+        made += [
+            row(
+                f"{backend}: largest error over its bound",
+                float(of_bound.max()),
+                "1",
+                target=1,
+                n=len(of_bound),
+                note="same keys and requests on every backend",
+            ),
+            row(
+                f"{backend}: median of bound over error",
+                float(1 / np.median(of_bound)),
+                "1",
+                target=32,
+                n=len(of_bound),
+                note=f"{encrypted} random tails on real ciphertexts",
+            ),
+        ]
+    return made
 
 
 def _case(seed: int) -> tuple[Program, FloatArray, FloatArray]:
@@ -62,17 +72,18 @@ def _case(seed: int) -> tuple[Program, FloatArray, FloatArray]:
     return compile_tail(layers, calibration, lanes=lanes), x, evaluate_clear(squares_only(layers), x)
 
 
-def _encrypted(program: Program, x: FloatArray, want: FloatArray) -> FloatArray:
-    """|error| / bound of every logit."""
+def _encrypted(program: Program, x: FloatArray, want: FloatArray) -> dict[str, FloatArray]:
+    """|error| / bound of every logit, by backend; `seal`, and `native` where it was built."""
     spec = program.spec
-    client = Client.of(program)
-    found = []
+    client = Client.of(program, "seal", "auto")
+    found: dict[str, list[FloatArray]] = {backend: [] for backend in client.loaded}
     for start in range(0, len(x), spec.lanes):
         part = slice(start, start + spec.lanes)
         request = client.encryptor.encrypt(x[part])
-        got = client.decryptor.decrypt(client.evaluator.evaluate(client.keys, request))
-        found.append((np.abs(np.atleast_2d(got) - want[part]) / program.error_bounds()).ravel())
-    return np.concatenate(found)
+        for backend, ratios in found.items():
+            got = client.decryptor.decrypt(client.evaluate(backend, request))
+            ratios.append((np.abs(np.atleast_2d(got) - want[part]) / program.error_bounds()).ravel())
+    return {backend: np.concatenate(ratios) for backend, ratios in found.items()}
 
 
 def _progress(what: str, done: int, total: int) -> None:

@@ -1,18 +1,20 @@
-"""Random dense tails by fixed seed, and a client of one: what benchmarks, evidence and tests use."""
+"""Tails by fixed seed, the nets of `bench he`, and a client: what benchmarks, evidence and tests use."""
 
 from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from blindtail.he.backends import Evaluator, Keys, open_evaluator
-from blindtail.he.layers import Affine, Layer, Quadratic
-from blindtail.he.program import Program
+from blindtail.bundle import CloudBundle
+from blindtail.he.backends import Evaluator, Keys, open_evaluator, settle
+from blindtail.he.compiler import compile_tail
+from blindtail.he.layers import Affine, FloatArray, Layer, Quadratic
+from blindtail.he.program import MapOp, Program
 from blindtail.he.secret import Decryptor, Encryptor, SecretKey
 
 
@@ -37,20 +39,129 @@ def random_layers(widths: Sequence[int], seed: int = 0, plain: bool = True) -> l
 
 
 @dataclass(frozen=True)
-class Client:
-    """One program on the `seal` backend with one client's fresh keys, loaded."""
+class Conv:
+    """A convolution without padding on square images: weight (out, in, k, k), bias (out,)."""
 
-    evaluator: Evaluator
-    keys: Keys
+    weight: FloatArray
+    bias: FloatArray
+    stride: int
+    side: int  # of the image that goes in
+
+
+@dataclass(frozen=True)
+class Net:
+    """A tail as people write it, with data: a square follows each part but the last.
+
+    calibration, inputs  activations at the cut, (n, features)
+    """
+
+    name: str
+    parts: tuple[Conv | Affine, ...]
+    calibration: FloatArray
+    inputs: FloatArray
+
+    @property
+    def layers(self) -> list[Layer]:
+        """[Affine, Quadratic, ..., Affine]: convolutions folded into dense maps."""
+        made: list[Layer] = []
+        for i, part in enumerate(self.parts):
+            step = part if isinstance(part, Affine) else folded(part)
+            made.append(step)
+            if i < len(self.parts) - 1:
+                n = len(step.bias)
+                made.append(Quadratic(np.ones(n), np.zeros(n), np.zeros(n), f"square{i}"))
+        return made
+
+
+#: Widths of the fully connected ones; A's first layer is a convolution before them.
+WIDTHS = {"A": (256, 64, 10), "B": (512, 128, 10), "C": (784, 128, 128, 10)}
+DEMO = "demo"
+_INPUTS = 20
+
+
+def nets(names: Sequence[str]) -> Iterator[tuple[Net, Program]]:
+    """Nets by name with their compiled programs; `demo` is the bundled model's tail at each cut."""
+    for name in names:
+        if name == DEMO:
+            yield from _demo()
+        else:
+            net = dense_or_conv(name)
+            yield net, compile_tail(net.layers, net.calibration)
+
+
+def dense_or_conv(name: str) -> Net:
+    """A, B or C. Raises `KeyError` for another name."""
+    parts: list[Conv | Affine] = [p for p in random_layers(WIDTHS[name]) if isinstance(p, Affine)]
+    features = WIDTHS[name][0]
+    if name == "A":
+        rng = np.random.default_rng(3)
+        parts.insert(0, Conv(rng.normal(size=(4, 1, 7, 7)) / 7, rng.normal(size=4) / 8, 3, 28))
+        features = 784
+    calibration = np.random.default_rng(1).uniform(0, 1, (200, features))
+    return Net(name, tuple(parts), calibration, calibration[:_INPUTS])
+
+
+def _demo() -> Iterator[tuple[Net, Program]]:
+    path = Path(__file__).parents[1] / "blindtail/models/zoo/fashion/cloud.bt"
+    for cut, program in CloudBundle.open(path).programs.items():
+        spec = program.spec
+        maps = [Affine(op.weight, op.bias, op.name) for op in program.ops if isinstance(op, MapOp)]
+        inputs = np.random.default_rng(2).uniform(0, spec.input_bound / 4, (200, spec.features))
+        yield Net(f"{DEMO} (cut {cut})", tuple(maps), inputs, inputs[:_INPUTS]), program
+
+
+def folded(part: Conv) -> Affine:
+    """A convolution as the dense map that the compiler takes, by the compiler's own front end."""
+    import torch
+    from torch import nn
+
+    from blindtail.he.frontend import fold_tail
+
+    outputs, inputs, size, _ = part.weight.shape
+    layer = nn.Conv2d(inputs, outputs, size, part.stride, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(part.weight))
+        assert layer.bias is not None
+        layer.bias.copy_(torch.from_numpy(part.bias))
+    (made,) = fold_tail(nn.Sequential(layer, nn.Flatten()), (inputs, part.side, part.side))
+    assert isinstance(made, Affine)
+    return made
+
+
+@dataclass(frozen=True)
+class Client:
+    """One program with one client's fresh keys, loaded by one or more backends.
+
+    loaded  by the backend's name, in the order asked for; the first is `evaluator` and `keys`
+    """
+
+    loaded: Mapping[str, tuple[Evaluator, Keys]]
     encryptor: Encryptor
     decryptor: Decryptor
 
     @classmethod
-    def of(cls, program: Program) -> Client:
-        evaluator = open_evaluator("seal", program)
+    def of(cls, program: Program, *backends: str, threads: int = 1) -> Client:
+        """backends: "native", "seal" or "auto", which stands alone when none is named."""
+        loaded: dict[str, tuple[Evaluator, Keys]] = {}
         with tempfile.TemporaryDirectory() as folder:
-            sent, prepared = Path(folder) / "keys", Path(folder) / "prepared"
+            sent = Path(folder) / "keys"
             secret = SecretKey.generate(program.spec, sent)
-            evaluator.prepare_keys(sent, prepared)
-            keys = evaluator.load_keys(prepared)
-        return cls(evaluator, keys, Encryptor(program.spec, secret), Decryptor(program.spec, secret))
+            for name in map(settle, backends or ("auto",)):
+                evaluator = open_evaluator(name, program, threads)
+                prepared = Path(folder) / f"prepared-{name}"
+                evaluator.prepare_keys(sent, prepared)
+                loaded[name] = evaluator, evaluator.load_keys(prepared)
+        return cls(loaded, Encryptor(program.spec, secret), Decryptor(program.spec, secret))
+
+    @property
+    def evaluator(self) -> Evaluator:
+        return next(iter(self.loaded.values()))[0]
+
+    @property
+    def keys(self) -> Keys:
+        return next(iter(self.loaded.values()))[1]
+
+    def evaluate(self, backend: str, container: bytes) -> bytes:
+        """Container in, container out, on one of the loaded backends."""
+        evaluator, keys = self.loaded[backend]
+        return evaluator.evaluate(keys, container)

@@ -47,6 +47,7 @@ is evaluated on the ciphertext.
   device engineer  blindtail infer     answer images
                    blindtail edge      run an edge site
   everyone         blindtail demo      all of it on this machine
+                   blindtail bench     measure it, in a checkout
 """
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from blindtail.he.spec import TailSpec
 
 #: Backend whose cost model gives the predicted seconds.
-PREDICT_FOR = "seal"
+PREDICT_FOR = "native"
 
 
 def register(app: typer.Typer) -> None:

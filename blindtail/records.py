@@ -59,11 +59,15 @@ class DecisionContext:
     tail_ready       True when keys are uploaded and the session is registered
     elapsed_s        time since `infer` was called
     deadline_s       the request's deadline, counted from the call; None = none
-    offload          predicted time from this decision to the tail's answer, or
-                     None when this stage is no cut or the tail is not ready
+    offload          predicted time from this decision to the tail's answer, with a ticket
+                     when one is at hand; None when this stage is no cut or the tail is not ready
     next_exit        predicted time from this decision to the next exit's answer,
                      or None when no exit follows
     cut_ahead        True when the model allows a cut after a later stage
+    ticket           True when a ticket for the tail here is at hand: the cloud has been told its
+                     seed, and has then most of the evaluation behind it
+    eval_online_s    predicted evaluation in the cloud with a ticket; None when this is no cut
+    eval_total_s     the same without one
     """
 
     stage: int
@@ -77,6 +81,14 @@ class DecisionContext:
     offload: LatencyEstimate | None
     next_exit: LatencyEstimate | None
     cut_ahead: bool = False
+    ticket: bool = False
+    eval_online_s: float | None = None
+    eval_total_s: float | None = None
+
+    @property
+    def eval_s(self) -> float | None:
+        """The evaluation that `offload` counts with."""
+        return self.eval_online_s if self.ticket else self.eval_total_s
 
     @property
     def last_stage(self) -> bool:
@@ -114,6 +126,8 @@ class Answer:
     route     "exit1", "exit2", ... (1-based), or "tail"
     fallback  None, or why the best exit answered instead of the tail
               ("deadline", "unavailable", "overloaded", "session", "keys", "evaluation", "refused")
+    extra     "cut" of an offload, "policy_version" of an orchestrator's policy, "ticket" = 1 when
+              the cloud had done most of the evaluation ahead
     """
 
     label: int
@@ -138,7 +152,7 @@ class TailTimings:
     """What the cloud says about one evaluation, on its own clock.
 
     `version` of the model that answered; a cell that is `draining` wants its
-    sessions to move to another.
+    sessions to move to another. With a `ticket`, `eval_s` is what was left to do.
     """
 
     queue_s: float
@@ -146,6 +160,7 @@ class TailTimings:
     evaluator: str = ""
     draining: bool = False
     version: str = ""
+    ticket: bool = False
 
 
 @dataclass(frozen=True, slots=True)

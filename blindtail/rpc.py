@@ -253,7 +253,7 @@ def named_error(error: BaseException) -> BlindtailError:
 
 
 class TailStub:
-    """The four calls of the service on a channel, in records; raises only `TailError`.
+    """The five calls of the service on a channel, in records; raises only `TailError`.
 
     Thread-safe. `timeout_s` bounds each call. Does not own the channel.
     """
@@ -263,6 +263,7 @@ class TailStub:
             return channel.unary_unary(f"/{wire.SERVICE}/{name}", None, None)
 
         self._register, self._key_status, self._evaluate = map(unary, ("Register", "KeyStatus", "Evaluate"))
+        self._tickets = unary("Tickets")
         self._upload = channel.stream_unary(f"/{wire.SERVICE}/UploadKeys", None, None)
         self._health = channel.unary_unary(
             "/grpc.health.v1.Health/Check",
@@ -316,6 +317,18 @@ class TailStub:
         turn its exception into a `TailError` with `from_rpc_error`, its result into a record with
         `EvaluateResult.decode`."""
         return self._evaluate.future(call.encode(), timeout=timeout_s)
+
+    def tickets(self, offer: wire.TicketOffer, timeout_s: float) -> wire.TicketsTaken:
+        """Announces seeds. A cell that knows nothing of tickets takes none: `TicketsTaken(0, 0)`."""
+        try:
+            data = self._tickets(offer.encode(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                return wire.TicketsTaken(0, 0)
+            raise from_rpc_error(error) from error
+        except ValueError as error:  # the channel is closed
+            raise TailUnavailable("the connection to the cloud is closed") from error
+        return wire.TicketsTaken.decode(data)
 
     def serving(self, timeout_s: float) -> bool:
         """True when the cell says that its evaluators are up. Raises `TailError` when nobody answers."""

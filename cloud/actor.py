@@ -30,8 +30,9 @@ from blindtail.he.program import Program
 from blindtail.metrics import CloudMetrics, EvaluatorCounters, expiry, serve_metrics
 from cloud.config import CloudConfig
 from cloud.control import CellControl
+from cloud.engine import Evaluated, makes_tickets
 from cloud.evaluator import EvaluatorActor, Outcome, end_without_raylet, error_outcome, raise_outcome
-from cloud.evaluators import EvaluatorCrashed, EvaluatorGone, Member, Pool, Work
+from cloud.evaluators import EvaluatorCrashed, EvaluatorGone, Member, Pool, TicketWork, Work
 from cloud.fleet import tag
 from cloud.gateway import Gateway
 from cloud.registry import Registry, open_bundles
@@ -51,8 +52,14 @@ _BACK_OFF_S = (0.2, 10.0)
 class RayMember:
     """One evaluator actor, seen from the gateway."""
 
-    def __init__(self, name: str, handle: Any, pid: int) -> None:
-        self.name, self.pid, self._handle = name, pid, handle
+    def __init__(
+        self,
+        name: str,
+        handle: Any,
+        pid: int,
+        on_lost: Callable[[Sequence[bytes]], None] = lambda names: None,
+    ) -> None:
+        self.name, self.pid, self._handle, self._on_lost = name, pid, handle, on_lost
         self.counters = EvaluatorCounters()
         loop = asyncio.get_running_loop()
         self.dead: asyncio.Future[None] = loop.create_future()
@@ -65,10 +72,26 @@ class RayMember:
         if not self.dead.done():
             self.dead.set_result(None)
 
-    async def evaluate(self, work: Work) -> tuple[bytes, float]:
-        outcome = await self._call("evaluate", work.program_id, str(work.keys), work.container)
-        self.counters = EvaluatorCounters(*outcome[3])
-        return outcome[1], outcome[2]
+    async def evaluate(self, work: Work) -> Evaluated:
+        outcome = await self._call("evaluate", work.program_id, str(work.keys), work.container, work.ticket)
+        self._heard(outcome)
+        return Evaluated(*outcome[1])
+
+    async def make_ticket(self, work: TicketWork) -> int:
+        outcome = await self._call("make_ticket", work.name, work.program_id, str(work.keys), work.seed)
+        self._heard(outcome)
+        return int(outcome[1])
+
+    def drop_tickets(self, names: Sequence[bytes]) -> None:
+        """Does not wait."""
+        with contextlib.suppress(Exception):
+            self._handle.drop_tickets.remote(list(names))
+
+    def _heard(self, outcome: Outcome) -> None:
+        """What an evaluator says of itself with a reply."""
+        self.counters = EvaluatorCounters(*outcome[2])
+        if outcome[3]:
+            self._on_lost(outcome[3])
 
     async def load(self, names: Sequence[str]) -> None:
         """Raises `EvaluatorGone`, or why the programs cannot be loaded."""
@@ -123,6 +146,7 @@ class RayPool(Pool):
     def __init__(self, config: CloudConfig, programs: Mapping[str, Program]) -> None:
         super().__init__()
         self._config = config
+        self.makes_tickets = makes_tickets(config.backend)
         self._names = dict.fromkeys(programs)  # in order; evaluators read the programs from disk
         self._members: dict[int, RayMember] = {}
         self._keepers: list[asyncio.Task[None]] = []
@@ -171,6 +195,17 @@ class RayPool(Pool):
         for member in list(self._members.values()):
             member.unload(gone)
 
+    async def make_ticket(self, member: str, work: TicketWork) -> int:
+        for own in self._members.values():
+            if own.name == member:
+                return await own.make_ticket(work)
+        raise EvaluatorGone
+
+    def drop_tickets(self, member: str, names: Sequence[bytes]) -> None:
+        for own in self._members.values():
+            if own.name == member:
+                own.drop_tickets(names)
+
     async def close(self) -> None:
         for keeper in self._keepers:
             keeper.cancel()
@@ -202,6 +237,7 @@ class RayPool(Pool):
             self._members.pop(index, None)
             if member is not None:
                 member.kill()
+                self.on_change()
             self.restarts += 1
             if time.monotonic() - started_s > _STABLE_S:
                 back_off_s = _BACK_OFF_S[0]
@@ -230,7 +266,7 @@ class RayPool(Pool):
             with contextlib.suppress(Exception):
                 ray.kill(handle)
             raise
-        member = RayMember(name, handle, pid)
+        member = RayMember(name, handle, pid, lambda names: self.on_tickets_lost(names))
         while late := [n for n in self._names if n not in names]:  # loaded into the others meanwhile
             names += late
             await member.load(late)

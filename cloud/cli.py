@@ -30,7 +30,10 @@ def cloud(
         int | None, typer.Option(help="Evaluator processes, one core each (default 2).")
     ] = None,
     backend: Annotated[
-        str | None, typer.Option(help="seal, or clear: readable numbers, for tests only (default seal).")
+        str | None,
+        typer.Option(
+            help="native, seal, or clear: readable numbers, for tests only (default: native, else seal)."
+        ),
     ] = None,
     state_dir: Annotated[
         Path | None, typer.Option(help="Clients' evaluation keys are kept here over restarts.")

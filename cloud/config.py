@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from blindtail.errors import ConfigError
+from blindtail.he.backends import settle
 from blindtail.identity import check_roles
 from blindtail.rpc import is_loopback, split_address
 from blindtail.serving import TlsFiles
 from blindtail.wire.tail import MOST_OTHERS
 
-Backend = Literal["seal", "clear"]
+Backend = Literal["auto", "native", "seal", "clear"]
 
 
 def default_state_dir() -> Path:
@@ -55,12 +56,25 @@ class SessionLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class TicketLimits:
+    """Bounds on what idle evaluators do ahead of requests, where the backend can (`native`)."""
+
+    per_identity: int = (
+        16  # seeds that one client may have announced for a program; 0 = nothing is done ahead
+    )
+    budget_bytes: int = 256_000_000  # memory of all evaluators' tickets; the least recently made go first
+    stale_s: float = 60.0  # a client's seeds that waited this long make room for its newer ones
+    announced: int = 4096  # seeds of all clients
+
+
+@dataclass(frozen=True, slots=True)
 class CloudConfig:
     """One cell: which models, where it listens, how many evaluators.
 
     models                paths of `cloud.bt` files; several models and versions at once
     port                  0 picks a free one
-    backend               "clear" computes on readable numbers: tests only
+    backend               "native", where it was built; "seal"; "auto": native, else seal (settled at once);
+                          "clear" computes on readable numbers: tests only
     metrics_port          Prometheus over HTTP on the same host; None or 0 = off
     advertise             host:port that edges are told to dial from now on; "" = as they dialled
     others                host:port of other cells, told to edges: they move there when this one goes
@@ -79,7 +93,7 @@ class CloudConfig:
     host: str = "127.0.0.1"
     port: int = 0
     evaluators: int = 2
-    backend: Backend = "seal"
+    backend: Backend = "auto"
     state_dir: Path = field(default_factory=default_state_dir)
     metrics_port: int | None = None
     advertise: str = ""
@@ -96,6 +110,7 @@ class CloudConfig:
     keys: KeyLimits = KeyLimits()
     queue: QueueLimits = QueueLimits()
     sessions: SessionLimits = SessionLimits()
+    tickets: TicketLimits = TicketLimits()
 
     def __post_init__(self) -> None:
         check_roles(self.roles)
@@ -107,8 +122,7 @@ class CloudConfig:
             raise ConfigError(f"evaluators must be 1 to 1024, not {self.evaluators}")
         if not 1 <= self.threads <= 256:
             raise ConfigError(f"threads must be 1 to 256, not {self.threads}")
-        if self.backend not in ("seal", "clear"):
-            raise ConfigError(f"backend must be seal (or clear, for tests), not {self.backend!r}")
+        object.__setattr__(self, "backend", settle(self.backend))
         if self.tls is None and not is_loopback(self.host):
             raise ConfigError(
                 f"without TLS a cell listens on loopback only, and {self.host} is not: set tls.certificate, "
@@ -128,11 +142,18 @@ class CloudConfig:
             "sessions.idle_s": self.sessions.idle_s,
             "sessions.per_identity": self.sessions.per_identity,
             "sessions.total": self.sessions.total,
+            "tickets.budget_bytes": self.tickets.budget_bytes,
+            "tickets.stale_s": self.tickets.stale_s,
+            "tickets.announced": self.tickets.announced,
             "loaded_keys_bytes": self.loaded_keys_bytes,
         }
         for name, value in positive.items():
             if not value > 0:
                 raise ConfigError(f"{name} must be above zero, not {value}")
+        if not 0 <= self.tickets.per_identity <= 1024:
+            raise ConfigError(
+                f"tickets.per_identity must be 0 (off) to 1024, not {self.tickets.per_identity}"
+            )
 
     def _check_cells(self) -> None:
         """Raises `ConfigError` for what concerns other cells."""
@@ -160,6 +181,7 @@ __all__ = [
     "KeyLimits",
     "QueueLimits",
     "SessionLimits",
+    "TicketLimits",
     "TlsFiles",
     "default_state_dir",
 ]

@@ -1,15 +1,17 @@
-"""What an evaluator does, wherever it runs: programs, loaded keys, one evaluation at a time."""
+"""What an evaluator does, wherever it runs: programs, loaded keys, tickets, one evaluation at a time."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-from blindtail.he.backends import Evaluator, Keys, open_evaluator
+from blindtail.errors import EvaluationFailed
+from blindtail.he.backends import Evaluator, Keys, Ticket, open_evaluator
 from blindtail.he.program import Program
 from blindtail.metrics import EvaluatorCounters
 
@@ -20,23 +22,42 @@ def limit_threads(threads: int) -> None:
         os.environ[name] = str(threads)
 
 
+def makes_tickets(backend: str) -> bool:
+    """Whether evaluators on this (settled) backend can do a part of a request ahead."""
+    return backend == "native"
+
+
+class Evaluated(NamedTuple):
+    """A reply container, the seconds it took, and whether a ticket was used."""
+
+    container: bytes
+    eval_s: float
+    ticket: bool = False
+
+
 class Engine:
     """Evaluators by program, and the keys used last. Not thread-safe.
 
     A program is known by its id, or by "EDGE'S-ID:OWN-ID" when it stands in for
     another version's: it then reads and writes containers under the edge's id, with
     the keys that are loaded for that one already. `loaded_keys_bytes` bounds the
-    memory of loaded keys; at least one set stays.
+    memory of loaded keys; at least one set stays. `threads`: of one evaluation, where the
+    backend has a choice. Tickets are held until they are used or dropped, or until their
+    keys or their program go: how many there are is whose business it is who orders them.
     """
 
-    def __init__(self, programs: Mapping[str, Program], backend: str, loaded_keys_bytes: int) -> None:
-        self._backend = backend
+    def __init__(
+        self, programs: Mapping[str, Program], backend: str, loaded_keys_bytes: int, threads: int = 1
+    ) -> None:
+        self._backend, self._threads = backend, threads
         self._evaluators: dict[str, Evaluator] = {}
         for name, program in programs.items():
             self.load(name, program)
         self._budget_bytes = loaded_keys_bytes
         self._keys: OrderedDict[tuple[str, str], tuple[Keys, int]] = OrderedDict()
         self._evaluations = self._key_loads = 0
+        self._tickets: dict[bytes, tuple[str, Keys, Ticket]] = {}  # name -> program, keys, ticket
+        self._lost: list[bytes] = []
         self._held_bytes, self._next_look_s = (0, 0), 0.0
 
     @property
@@ -58,22 +79,68 @@ class Engine:
         """Encodes a program's weights, which takes as long as some evaluations."""
         if name not in self._evaluators:
             edges = replace(program.spec, program_id=_edges_id(name))
-            self._evaluators[name] = open_evaluator(self._backend, Program(edges, program.ops))
+            self._evaluators[name] = open_evaluator(self._backend, Program(edges, program.ops), self._threads)
 
     def unload(self, name: str) -> None:
         """Forgets a program, and keys that no other program here is for."""
         self._evaluators.pop(name, None)
         if not any(_edges_id(other) == _edges_id(name) for other in self._evaluators):
             for held in [held for held in self._keys if held[0] == _edges_id(name)]:
-                del self._keys[held]
+                self._void(self._keys.pop(held)[0])
+        self._forget([ticket for ticket, (of, _, _) in self._tickets.items() if of == name])
 
-    def evaluate(self, name: str, keys_path: str, container: bytes) -> tuple[bytes, float]:
-        """Container in, (container, seconds) out. Raises `ContainerError`, `KeysMissing`."""
+    def evaluate(self, name: str, keys_path: str, container: bytes, ticket: bytes = b"") -> Evaluated:
+        """Container in, container out. Raises `ContainerError`, `KeysMissing`.
+
+        ticket  name of one that was made here for this container's seed: it is used, once, if it is
+                here and fits. The reply's bytes do not depend on it.
+        """
         start_s = time.monotonic()
         keys = self._load(name, keys_path)
-        reply = self._evaluators[name].evaluate(keys, container)
+        evaluator = self._evaluators[name]
+        of, made_for, made = self._tickets.pop(ticket, (name, None, None))
+        reply: bytes | None = None
+        if made is not None and of == name and made_for is keys:
+            try:
+                reply = evaluator.evaluate(keys, container, made)
+            except EvaluationFailed:
+                made = None  # its seed is another one
+        else:
+            made = None
+        if reply is None:
+            reply = evaluator.evaluate(keys, container)
         self._evaluations += 1
-        return reply, time.monotonic() - start_s
+        return Evaluated(reply, time.monotonic() - start_s, made is not None)
+
+    # -- tickets ----------------------------------------------------------------------
+
+    def make_ticket(self, ticket: bytes, name: str, keys_path: str, seed: bytes) -> int:
+        """Does ahead what depends on a request's 64-byte seed, keeps it under the name `ticket` and
+        returns its bytes in memory. Raises `KeysMissing`, `EvaluationFailed`."""
+        keys = self._load(name, keys_path)
+        made = self._evaluators[name].make_ticket(keys, seed)
+        # Holding on to the keys: a ticket is never compared with others that took their place in memory.
+        self._tickets[ticket] = (name, keys, made)
+        return made.memory_bytes
+
+    def drop_tickets(self, names: Iterable[bytes]) -> None:
+        """Those that are not here are no fault."""
+        for ticket in names:
+            self._tickets.pop(ticket, None)
+
+    def take_lost(self) -> list[bytes]:
+        """Tickets that had to go with their keys or their program; each is named once."""
+        lost, self._lost = self._lost, []
+        return lost
+
+    def _void(self, keys: Keys) -> None:
+        self._forget([ticket for ticket, (_, of, _) in self._tickets.items() if of is keys])
+
+    def _forget(self, names: list[bytes]) -> None:
+        self.drop_tickets(names)
+        self._lost += names
+
+    # -- keys -------------------------------------------------------------------------
 
     def _load(self, program: str, keys_path: str) -> Keys:
         name = (_edges_id(program), keys_path)
@@ -81,13 +148,16 @@ class Engine:
         try:
             inode = os.stat(keys_path).st_ino  # an evicted and uploaded again file is another one
         except OSError:
-            self._keys.pop(name, None)
+            if name in self._keys:
+                self._void(self._keys.pop(name)[0])
             return evaluator.load_keys(Path(keys_path))  # says that it is missing
         held = self._keys.get(name)
         if held is not None and held[1] == inode:
             self._keys.move_to_end(name)
             return held[0]
         keys = evaluator.load_keys(Path(keys_path))
+        if held is not None:
+            self._void(held[0])
         self._key_loads += 1
         self._next_look_s = 0.0
         self._keys[name] = (keys, inode)
@@ -96,6 +166,7 @@ class Engine:
         while total > self._budget_bytes and len(self._keys) > 1:
             _, (old, _) = self._keys.popitem(last=False)
             total -= old.memory_bytes
+            self._void(old)
         return keys
 
 
@@ -113,4 +184,4 @@ def _resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-__all__ = ["Engine", "limit_threads"]
+__all__ = ["Engine", "Evaluated", "limit_threads", "makes_tickets"]

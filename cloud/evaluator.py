@@ -64,7 +64,7 @@ class EvaluatorActor:
         limit_threads(threads)
         self._root = root
         self._opened: dict[str, Program] = {}  # by own id: a stand-in shares its weights
-        self._engine = Engine({}, backend, loaded_keys_bytes)
+        self._engine = Engine({}, backend, loaded_keys_bytes, threads)
         for name in names:
             self._load(name)
 
@@ -93,14 +93,26 @@ class EvaluatorActor:
             self._opened[own] = CloudBundle.open(program_path(self._root, own)).programs[0]
         self._engine.load(name, self._opened[own])
 
-    def evaluate(self, program_id: str, keys_path: str, container: bytes) -> Outcome:
+    def evaluate(self, program_id: str, keys_path: str, container: bytes, ticket: bytes) -> Outcome:
+        """("ok", what `Engine.evaluate` gave, counters, lost tickets)."""
         try:
             if program_id not in self._engine.names:
                 self._load(program_id)
-            reply, eval_s = self._engine.evaluate(program_id, keys_path, container)
-            return ("ok", reply, eval_s, tuple(self._engine.counters))
+            done = self._engine.evaluate(program_id, keys_path, container, ticket)
+            return ("ok", tuple(done), tuple(self._engine.counters), self._engine.take_lost())
         except Exception as error:
             return error_outcome(error)
+
+    def make_ticket(self, ticket: bytes, program_id: str, keys_path: str, seed: bytes) -> Outcome:
+        """("ok", bytes in memory, counters, lost tickets)."""
+        try:
+            size = self._engine.make_ticket(ticket, program_id, keys_path, seed)
+            return ("ok", size, tuple(self._engine.counters), self._engine.take_lost())
+        except Exception as error:
+            return error_outcome(error)
+
+    def drop_tickets(self, names: Sequence[bytes]) -> None:
+        self._engine.drop_tickets(names)
 
 
 __all__ = ["EvaluatorActor", "Outcome", "end_without_raylet", "error_outcome", "raise_outcome"]

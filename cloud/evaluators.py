@@ -8,17 +8,20 @@ the production kind (`cloud.actor`); `LocalPool` needs no Ray and no process.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from blindtail.he.program import Program
 from blindtail.metrics import EvaluatorCounters
-from cloud.engine import Engine
+from cloud.engine import Engine, Evaluated, makes_tickets
+
+_T = TypeVar("_T")
 
 
 class EvaluatorGone(Exception):
@@ -33,13 +36,26 @@ class EvaluatorCrashed(EvaluatorGone):
 class Work:
     """One evaluation: program (name of a serving), prepared keys on this node, container.
 
-    `version` of the model whose program it is.
+    `version` of the model whose program it is. `ticket`: name of what the evaluator `holder` has
+    done ahead for it; elsewhere the work takes longer and gives the same.
     """
 
     program_id: str
     keys: Path
     container: bytes
     version: str = ""
+    ticket: bytes = b""
+    holder: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TicketWork:
+    """One ticket to be made: its name, a program, prepared keys on this node, a request's seed."""
+
+    name: bytes
+    program_id: str
+    keys: Path
+    seed: bytes
 
 
 class Member(Protocol):
@@ -51,16 +67,24 @@ class Member(Protocol):
     @property
     def pid(self) -> int: ...
 
-    async def evaluate(self, work: Work) -> tuple[bytes, float]:
-        """(reply container, seconds). Raises a `TailError`, `EvaluatorGone` or `EvaluatorCrashed`."""
+    async def evaluate(self, work: Work) -> Evaluated:
+        """Raises a `TailError`, `EvaluatorGone` or `EvaluatorCrashed`."""
         ...
 
 
 class Pool(ABC):
-    """The evaluators of a cell. `on_change` is called on the loop when one comes or goes."""
+    """The evaluators of a cell.
+
+    Called on the loop: `on_change` when one comes or goes, `on_tickets_lost` with names of tickets
+    that an evaluator had to give up.
+    """
+
+    #: Whether `make_ticket` can be called.
+    makes_tickets = False
 
     def __init__(self) -> None:
         self.on_change: Callable[[], None] = lambda: None
+        self.on_tickets_lost: Callable[[Sequence[bytes]], None] = lambda names: None
         self.restarts = 0
 
     @property
@@ -85,6 +109,15 @@ class Pool(ABC):
         """Forgets programs that nothing is sent for any more."""
         raise NotImplementedError
 
+    async def make_ticket(self, member: str, work: TicketWork) -> int:
+        """The evaluator of this name makes and keeps a ticket; its bytes in memory. What it is sent
+        meanwhile waits. Raises as `Member.evaluate` does."""
+        raise NotImplementedError
+
+    def drop_tickets(self, member: str, names: Sequence[bytes]) -> None:
+        """Does not wait; what is gone already is no fault."""
+        raise NotImplementedError
+
     @abstractmethod
     async def close(self) -> None: ...
 
@@ -92,8 +125,10 @@ class Pool(ABC):
 class LocalMember:
     """An evaluator on one worker thread of this process."""
 
-    def __init__(self, name: str, engine: Engine) -> None:
-        self._name, self._engine = name, engine
+    def __init__(
+        self, name: str, engine: Engine, on_lost: Callable[[Sequence[bytes]], None] = lambda names: None
+    ) -> None:
+        self._name, self._engine, self._on_lost = name, engine, on_lost
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
 
     @property
@@ -104,25 +139,43 @@ class LocalMember:
     def pid(self) -> int:
         return os.getpid()
 
-    async def evaluate(self, work: Work) -> tuple[bytes, float]:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._thread, self._engine.evaluate, work.program_id, str(work.keys), work.container
+    async def evaluate(self, work: Work) -> Evaluated:
+        return await self._run(
+            lambda: self._engine.evaluate(work.program_id, str(work.keys), work.container, work.ticket)
         )
+
+    async def make_ticket(self, work: TicketWork) -> int:
+        return await self._run(
+            lambda: self._engine.make_ticket(work.name, work.program_id, str(work.keys), work.seed)
+        )
+
+    def drop_tickets(self, names: Sequence[bytes]) -> None:
+        with contextlib.suppress(RuntimeError):  # it has been closed
+            self._thread.submit(self._engine.drop_tickets, names)
+
+    async def _run(self, call: Callable[[], _T]) -> _T:
+        def run() -> tuple[_T, list[bytes]]:
+            result = call()
+            return result, self._engine.take_lost()
+
+        result, lost = await asyncio.get_running_loop().run_in_executor(self._thread, run)
+        if lost:
+            self._on_lost(lost)
+        return result
 
     async def load(self, programs: Mapping[str, Program]) -> None:
         def load() -> None:
             for name, program in programs.items():
                 self._engine.load(name, program)
 
-        await asyncio.get_running_loop().run_in_executor(self._thread, load)
+        await self._run(load)
 
     async def unload(self, names: Iterable[str]) -> None:
         def unload() -> None:
             for name in names:
                 self._engine.unload(name)
 
-        await asyncio.get_running_loop().run_in_executor(self._thread, unload)
+        await self._run(unload)
 
     @property
     def counters(self) -> EvaluatorCounters:
@@ -136,11 +189,17 @@ class LocalPool(Pool):
     """`count` evaluators in this process, one thread each. For tests and single-process use."""
 
     def __init__(
-        self, programs: Mapping[str, Program], backend: str, count: int, loaded_keys_bytes: int
+        self,
+        programs: Mapping[str, Program],
+        backend: str,
+        count: int,
+        loaded_keys_bytes: int,
+        threads: int = 1,
     ) -> None:
         super().__init__()
         self._programs, self._backend = dict(programs), backend
-        self._count, self._loaded_keys_bytes = count, loaded_keys_bytes
+        self.makes_tickets = makes_tickets(backend)
+        self._count, self._loaded_keys_bytes, self._threads = count, loaded_keys_bytes, threads
         self._members: list[LocalMember] = []
 
     @property
@@ -152,10 +211,13 @@ class LocalPool(Pool):
 
     async def start(self) -> None:
         def engine() -> Engine:
-            return Engine(self._programs, self._backend, self._loaded_keys_bytes)
+            return Engine(self._programs, self._backend, self._loaded_keys_bytes, self._threads)
 
         for index in range(self._count):
-            member = LocalMember(f"evaluator-{index}", await asyncio.to_thread(engine))
+            name = f"evaluator-{index}"
+            member = LocalMember(
+                name, await asyncio.to_thread(engine), lambda names: self.on_tickets_lost(names)
+            )
             self._members.append(member)
         self.on_change()
 
@@ -176,10 +238,31 @@ class LocalPool(Pool):
         for member in self._members:
             await member.unload(gone)
 
+    async def make_ticket(self, member: str, work: TicketWork) -> int:
+        for own in self._members:
+            if own.name == member:
+                return await own.make_ticket(work)
+        raise EvaluatorGone
+
+    def drop_tickets(self, member: str, names: Sequence[bytes]) -> None:
+        for own in self._members:
+            if own.name == member:
+                own.drop_tickets(names)
+
     async def close(self) -> None:
         members, self._members = self._members, []
         for member in members:
             await asyncio.to_thread(member.close)
 
 
-__all__ = ["EvaluatorCrashed", "EvaluatorGone", "LocalMember", "LocalPool", "Member", "Pool", "Work"]
+__all__ = [
+    "Evaluated",
+    "EvaluatorCrashed",
+    "EvaluatorGone",
+    "LocalMember",
+    "LocalPool",
+    "Member",
+    "Pool",
+    "TicketWork",
+    "Work",
+]

@@ -1,4 +1,4 @@
-"""One cell, without its transport: what the four calls of the service mean.
+"""One cell, without its transport: what the five calls of the service mean.
 
 The gateway ties registry, sessions, key store, queue and evaluators together.
 It lives on one asyncio loop. `identity` is who the transport says the caller is;
@@ -26,7 +26,10 @@ from blindtail.wire import (
     KeyStatusCall,
     RegisterCall,
     RegisterResult,
+    TicketOffer,
+    TicketsTaken,
 )
+from cloud.ahead import Ahead
 from cloud.config import CloudConfig
 from cloud.drain import Drain
 from cloud.evaluators import Pool, Work
@@ -73,8 +76,8 @@ class Gateway:
             raise
         self._notes = store.notes
         self.pool = pool_of(self.registry)
-        predict = Predictor(self.registry.predicted_s)
-        self.queue = Queue(self.pool, config.queue, predict, clock, on_wait=metrics.waited)
+        self._predict = Predictor(self.registry.predicted_s)
+        self.queue = Queue(self.pool, config.queue, self._predict, clock, on_wait=metrics.waited)
         self.sessions = Sessions(config.sessions, clock)
         self.models = Rollout(
             self.registry,
@@ -82,7 +85,7 @@ class Gateway:
             self.keys,
             self.pool,
             sessions_of=self.sessions.count,
-            forget=predict.forget,
+            forget=self._forget_program,
         )
         self.models.forget_withdrawn()
         self.exchange = KeyExchange(
@@ -93,6 +96,10 @@ class Gateway:
         self.on_evaluated: Callable[[float, float], None] = lambda queue_s, eval_s: None
         self._evaluating = 0  # calls of `evaluate` that have not been answered
         self.drain = Drain(config.drain_grace_s, clock, lambda: self._evaluating, self.sessions.used_since)
+        self.ahead = Ahead(
+            config.tickets, self.pool, self.queue, self.keys, metrics, clock, lambda: not self.drain.on
+        )
+        self.sessions.on_forgotten = self.ahead.drop_session
         self._sweeper: asyncio.Task[None] | None = None
         metrics.watch(
             queue_depth=lambda: len(self.queue),
@@ -110,6 +117,7 @@ class Gateway:
                 for name, version in self.registry.catalogue.versions.items()
             },
             counters=self.pool.counters,
+            ticket_bytes=self.ahead.book.held_by_model,
         )
 
     @property
@@ -140,6 +148,7 @@ class Gateway:
         if self._sweeper is not None:
             self._sweeper.cancel()
         await self.exchange.close()
+        await self.ahead.close()
         await self.queue.close()
         await self.models.close()
         await self.pool.close()
@@ -190,6 +199,23 @@ class Gateway:
         finally:
             self.metrics.uploaded(outcome)
 
+    def tickets(self, identity: str, offer: TicketOffer) -> TicketsTaken:
+        """Seeds that requests of a session will come with. A cell that drains takes none.
+
+        Raises `SessionLost`, `KeysMissing`, `AccessDenied`, `ModelWithdrawn`.
+        """
+        session = self.sessions.use(offer.session, identity)
+        entry = self.registry.find(session.model, session.version, session.program_id)
+        self.registry.admit(identity, session.model, session.version)
+        if not self.registry.answers_itself(entry):
+            return TicketsTaken(0, 0)
+        return self.ahead.offer(session, entry, offer.seeds)
+
+    def _forget_program(self, name: str) -> None:
+        """A program is served no more."""
+        self._predict.forget(name)
+        self.ahead.drop_program(name)
+
     async def evaluate(self, identity: str, call: EvaluateCall, remaining_s: float | None) -> EvaluateResult:
         """`remaining_s` is the transport's deadline; the call's own counts when it is earlier.
 
@@ -237,16 +263,27 @@ class Gateway:
         def submit() -> asyncio.Future[EvaluateResult]:
             path = self.keys.pin(session.identity, entry.program_id, session.key_sha256)
             serving = self.registry.route(entry, call.request_id)
+            claim = self.ahead.claim(session, entry, serving.name, call.container)
+            ticket = ("", b"") if claim is None else (claim.member, claim.name)
+
+            def release(used: bool) -> None:
+                self.keys.unpin(path)
+                if claim is not None:
+                    self.ahead.release(claim, used=used)
+
             try:
-                work = Work(serving.name, path, call.container, serving.version)
+                work = Work(
+                    serving.name, path, call.container, serving.version, holder=ticket[0], ticket=ticket[1]
+                )
                 future = self.queue.submit(session.identity, work, left_s)
             except BaseException:
-                self.keys.unpin(path)
+                release(False)
                 raise
             self.models.in_flight.begin(serving.name)
 
-            def done(_: object) -> None:
-                self.keys.unpin(path)
+            def done(future: asyncio.Future[EvaluateResult]) -> None:
+                failed = future.cancelled() or future.exception() is not None
+                release(not failed and future.result().ticket)
                 self.models.in_flight.end(serving.name)
 
             future.add_done_callback(done)

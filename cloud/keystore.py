@@ -86,6 +86,8 @@ class KeyStore:
         self._tasks: set[asyncio.Task[None]] = set()
         #: Called on the loop with (identity, program id, sha256) when an edge's upload is READY.
         self.on_ready: Callable[[str, str, bytes], None] = lambda identity, program_id, sha256: None
+        #: Called with the name of keys that have gone.
+        self.on_removed: Callable[[str], None] = lambda name: None
         self._folder = KeyFolder(root, backend, registry.entries)
         self._known = {entry.program_id for entry in registry.entries}
         self._checkers = ThreadPoolExecutor(1, thread_name_prefix="key-check")
@@ -133,6 +135,10 @@ class KeyStore:
     @property
     def stored_bytes(self) -> int:
         return sum(entry.bytes for entry in self._ready.values())
+
+    def name(self, identity: str, program_id: str, sha256: bytes) -> str:
+        """What these keys are called here: nobody else's have the same name."""
+        return self._folder.name(identity, program_id, sha256)
 
     def status(self, identity: str, program_id: str, sha256: bytes) -> KeyStatus:
         name = self._folder.name(identity, program_id, sha256)
@@ -373,6 +379,7 @@ class KeyStore:
     def _remove(self, name: str) -> None:
         self._ready.pop(name, None)
         self._folder.drop_ready(name)
+        self.on_removed(name)
 
     def _scan(self) -> None:
         """Takes over what an earlier run left. Raises `ConfigError`."""

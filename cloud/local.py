@@ -46,7 +46,7 @@ class LocalCell:
         self,
         models: Sequence[str | Path | CloudBundle],
         *,
-        backend: Backend = "seal",
+        backend: Backend = "auto",
         evaluators: int = 1,
         state_dir: str | Path | None = None,
         port: int = 0,
@@ -170,7 +170,7 @@ class LocalCell:
 
     def _local_pool(self, registry: Registry) -> Pool:
         c = self.config
-        return LocalPool(registry.programs, c.backend, c.evaluators, c.loaded_keys_bytes)
+        return LocalPool(registry.programs, c.backend, c.evaluators, c.loaded_keys_bytes, c.threads)
 
     async def _start(self) -> None:
         config = replace(self.config, port=self.port)

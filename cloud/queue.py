@@ -5,7 +5,8 @@ identities, in predicted evaluation seconds, so that a client of an expensive
 tail does not starve one of a cheap tail. At most two evaluations are
 outstanding per evaluator: one runs, one waits beside it. Work that expired is
 dropped when its turn comes. A crash blames the evaluation that ran; it is tried
-once more, on an idle evaluator; two crashes by one identity quarantine it.
+once more, on an idle evaluator; two crashes by one identity quarantine it. When
+nothing waits, an idle evaluator can be taken aside for a short work of another kind.
 
 Pure asyncio: knows neither Ray nor gRPC. Lives on one loop. Times are seconds.
 """
@@ -94,12 +95,16 @@ class Queue:
         self._turns: deque[str] = deque()
         self._retries: deque[Job] = deque()
         self._sent: dict[str, list[Job]] = {}  # by evaluator, oldest first
-        self._ran_at_crash: dict[str, Job] = {}  # by evaluator, until its last job is handled
+        # By evaluator, until its last job is handled; None = what it was taken aside for.
+        self._ran_at_crash: dict[str, Job | None] = {}
         self._last_keys: dict[str, Hashable] = {}  # by evaluator
+        self._aside: dict[str, str] = {}  # by evaluator: identity that it does something ahead for
         self._queued: dict[asyncio.Future[EvaluateResult], Job] = {}
         self._crashes: dict[str, list[float]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
+        #: Called when nothing waits: evaluators may be `idle`.
+        self.on_idle: Callable[[], None] = lambda: None
         pool.on_change = self.dispatch
 
     def __len__(self) -> int:
@@ -111,7 +116,7 @@ class Queue:
         now = self._clock()
         if self._closed:
             raise Overloaded("the cell is shutting down: try again soon", 1.0)
-        self._refuse_quarantined(identity, now)
+        self.refuse_quarantined(identity)
         if remaining_s <= 0:
             raise DeadlineExceeded("no time was left when the request arrived")
         own = self._flows.get(identity)
@@ -169,7 +174,32 @@ class Queue:
             job = self._next()
             if job is None:
                 return
-            self._send(job, self._pick(affinity=job.affinity) or member)
+            self._send(job, self._holder(job) or self._pick(affinity=job.affinity) or member)
+        if not self._closed:
+            self.on_idle()
+
+    # -- what is done while nothing waits --------------------------------------
+
+    def idle(self) -> list[Member]:
+        """Evaluators with nothing to do; none while a request waits."""
+        if self._queued or self._closed:
+            return []
+        return [m for m in self._pool.members if m.name not in self._sent and m.name not in self._aside]
+
+    def take_aside(self, member: Member, identity: str) -> None:
+        """The evaluator does something ahead for this identity, until `bring_back`. Requests may be
+        sent to it, and wait."""
+        self._aside[member.name] = identity
+
+    def bring_back(self, member: Member, *, crashed: bool = False) -> None:
+        """`crashed`: of what it was taken aside for, unless that was after it was done."""
+        identity = self._aside.pop(member.name, "")
+        if crashed:
+            # Requests that it was sent meanwhile had not begun.
+            if member.name in self._sent:
+                self._ran_at_crash.setdefault(member.name, None)
+            self._blame(identity)
+        self.dispatch()
 
     async def close(self) -> None:
         """Refuses what waits; gives up what runs."""
@@ -215,7 +245,7 @@ class Queue:
         best: Member | None = None
         best_rank: tuple[int, bool] = (0, False)
         for member in self._pool.members:
-            outstanding = len(self._sent.get(member.name, ()))
+            outstanding = self._outstanding(member)
             limit = 1 if idle_only else self._limits.outstanding_per_evaluator
             if outstanding >= limit:
                 continue
@@ -223,6 +253,18 @@ class Queue:
             if best is None or rank < best_rank:
                 best, best_rank = member, rank
         return best
+
+    def _holder(self, job: Job) -> Member | None:
+        """The evaluator that has done a part of this job ahead, if it is not full."""
+        if job.work.holder:
+            for member in self._pool.members:
+                if member.name == job.work.holder:
+                    free = self._outstanding(member) < self._limits.outstanding_per_evaluator
+                    return member if free else None
+        return None
+
+    def _outstanding(self, member: Member) -> int:
+        return len(self._sent.get(member.name, ())) + (member.name in self._aside)
 
     def _remove(self, job: Job) -> None:
         flow = self._flows[job.identity]
@@ -254,12 +296,15 @@ class Queue:
     async def _run(self, job: Job, member: Member) -> None:
         outcome: EvaluateResult | TailError | None = None
         try:
-            reply, eval_s = await member.evaluate(job.work)
-            self._predict.learn(job.work.program_id, eval_s)
+            reply, eval_s, ticket = await member.evaluate(job.work)
+            if not ticket:
+                self._predict.learn(job.work.program_id, eval_s)
             # Waiting beside a running evaluation is queueing as well.
             queue_s = max(0.0, self._clock() - job.enqueued_s - eval_s)
             self._on_wait(queue_s)
-            outcome = EvaluateResult(reply, queue_s, eval_s, member.name, version=job.work.version)
+            outcome = EvaluateResult(
+                reply, queue_s, eval_s, member.name, version=job.work.version, ticket=ticket
+            )
         except TailError as error:
             outcome = error
         except EvaluatorGone as error:
@@ -289,8 +334,10 @@ class Queue:
             job.future.set_exception(outcome)
 
     def _lost(self, job: Job, member: Member, arrived: bool) -> TailError | None:
-        """Puts the job back, or says why not. The oldest job that had arrived is the one that ran."""
-        if arrived and self._ran_at_crash.setdefault(member.name, self._sent[member.name][0]) is job:
+        """Puts the job back, or says why not. The oldest job that had arrived is the one that ran,
+        unless the evaluator was aside."""
+        first = None if member.name in self._aside else self._sent[member.name][0]
+        if arrived and self._ran_at_crash.setdefault(member.name, first) is job:
             job.crashes += 1
             self._blame(job.identity)
         now = self._clock()
@@ -307,7 +354,9 @@ class Queue:
         recent = [t for t in self._crashes.get(identity, []) if now - t <= self._limits.crash_window_s]
         self._crashes[identity] = [*recent, now][-2:]
 
-    def _refuse_quarantined(self, identity: str, now: float) -> None:
+    def refuse_quarantined(self, identity: str) -> None:
+        """Raises `AccessDenied` for an identity whose requests crashed two evaluators of late."""
+        now = self._clock()
         crashes = self._crashes.get(identity, [])
         if len(crashes) < 2 or crashes[1] - crashes[0] > self._limits.crash_window_s:
             return

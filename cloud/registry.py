@@ -13,6 +13,7 @@ from pathlib import Path
 
 from blindtail.bundle import CloudBundle
 from blindtail.errors import AccessDenied, BundleError, ModelWithdrawn, ProgramMismatch
+from blindtail.he.backends import settle
 from blindtail.he.program import Program
 from blindtail.identity import Identity, allowed
 from cloud.catalogue import Catalogue, Entry, Version, container_bytes
@@ -40,9 +41,9 @@ def draw(model: str, version: str, request_id: bytes) -> float:
 class Registry:
     """What is served now. Raises `ConfigError` when two of the `bundles` contradict each other."""
 
-    def __init__(self, bundles: Iterable[CloudBundle] = (), backend: str = "seal") -> None:
+    def __init__(self, bundles: Iterable[CloudBundle] = (), backend: str = "auto") -> None:
         self.largest_container_bytes = 0
-        self.adopt(Catalogue.of(bundles, backend))
+        self.adopt(Catalogue.of(bundles, settle(backend)))
 
     def adopt(self, catalogue: Catalogue) -> None:
         """From now on this is served."""
@@ -170,6 +171,11 @@ class Registry:
         if not any(allowed(Identity(None, identity), version.allow) for version in versions):
             self.admit(identity, versions[0].model, versions[0].version)
         return entry
+
+    def answers_itself(self, entry: Entry) -> bool:
+        """False when another version's program answers all requests of an edge that holds `entry`."""
+        canaries = self._canaries.get((entry.model, entry.version, entry.program_id), ())
+        return not any(share >= 1 and serving.name != entry.program_id for share, serving in canaries)
 
     def route(self, entry: Entry, request_id: bytes) -> Serving:
         """Who answers this request of an edge that holds `entry`. The same id gets the same answer

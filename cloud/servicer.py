@@ -11,7 +11,7 @@ from blindtail.errors import ContainerError
 from blindtail.identity import Role
 from blindtail.rpc import server_options
 from blindtail.serving import GrpcServer, answer, identity_of
-from blindtail.wire import SERVICE, EvaluateCall, KeyChunk, KeyStatusCall, RegisterCall
+from blindtail.wire import SERVICE, EvaluateCall, KeyChunk, KeyStatusCall, RegisterCall, TicketOffer
 from blindtail.wire.cell import CELL, MODELS, PEERS
 from cloud.drain import cell_handlers
 from cloud.gateway import Gateway
@@ -52,7 +52,7 @@ class TailServer:
         """Says NOT_SERVING, lets calls in flight end for `grace_s`, then closes."""
         await self._server.stop(grace_s)
 
-    # -- the four methods: raw bytes in, checked records, raw bytes out ----------
+    # -- the five methods: raw bytes in, checked records, raw bytes out ----------
 
     def _handlers(self) -> dict[str, Any]:
         return {
@@ -60,6 +60,7 @@ class TailServer:
             "KeyStatus": grpc.unary_unary_rpc_method_handler(self._key_status),
             "UploadKeys": grpc.stream_unary_rpc_method_handler(self._upload_keys),
             "Evaluate": grpc.unary_unary_rpc_method_handler(self._evaluate),
+            "Tickets": grpc.unary_unary_rpc_method_handler(self._tickets),
         }
 
     def _identity(self, context: Any) -> str:
@@ -104,6 +105,12 @@ class TailServer:
             request = EvaluateCall.decode(data, limit)
             remaining_s = context.time_remaining()
             return (await self._gateway.evaluate(self._identity(context), request, remaining_s)).encode()
+
+        return await answer(context, call)
+
+    async def _tickets(self, data: bytes, context: Any) -> bytes:
+        async def call() -> bytes:
+            return self._gateway.tickets(self._identity(context), TicketOffer.decode(data)).encode()
 
         return await answer(context, call)
 

@@ -49,6 +49,8 @@ class Sessions:
         # Least recently used first, over all and by identity.
         self._all: OrderedDict[bytes, Session] = OrderedDict()
         self._by_identity: dict[str, OrderedDict[bytes, Session]] = {}
+        #: Told of every session that is forgotten.
+        self.on_forgotten: Callable[[bytes], None] = lambda session_id: None
 
     def __len__(self) -> int:
         return len(self._all)
@@ -112,8 +114,8 @@ class Sessions:
 
     def clear(self) -> None:
         """Forgets all of them, as a restart does."""
-        self._all.clear()
-        self._by_identity.clear()
+        for session in list(self._all.values()):
+            self._forget(session)
 
     def _forget(self, session: Session) -> None:
         del self._all[session.id]
@@ -121,6 +123,7 @@ class Sessions:
         del own[session.id]
         if not own:
             del self._by_identity[session.identity]
+        self.on_forgotten(session.id)
 
 
 __all__ = ["Session", "Sessions"]

@@ -21,6 +21,7 @@ class Sums:
     fallbacks: Counter[str] = field(default_factory=Counter)
     uplink_bytes: int = 0
     reply_bytes: int = 0
+    by_ticket: int = 0
 
     def add(self, answer: Answer) -> None:
         self.routes[answer.route] += 1
@@ -28,6 +29,7 @@ class Sums:
             self.fallbacks[answer.fallback] += 1
         self.uplink_bytes += answer.uplink_bytes
         self.reply_bytes += answer.reply_bytes
+        self.by_ticket += "ticket" in answer.extra
 
 
 def seen_from_outside(answer: Answer) -> Answer:
@@ -70,6 +72,12 @@ class Accounting:
         """(routes, fallbacks) since the start."""
         with self._lock:
             return dict(self._total.routes), dict(self._total.fallbacks)
+
+    @property
+    def by_ticket(self) -> int:
+        """Answers that a ticket made shorter, since the start."""
+        with self._lock:
+            return self._total.by_ticket
 
     def take(self) -> Sums:
         """The sums since the last `take`; they start again from zero."""

@@ -11,13 +11,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blindtail.errors import ConfigError, DeadlineExceeded
+from blindtail.errors import ConfigError, DeadlineExceeded, StateError
 from blindtail.he.spec import TailSpec
+
+if TYPE_CHECKING:
+    from blindtail.he.secret import Encryptor, Ticket
 
 FloatArray = NDArray[np.float64]
 BACKENDS = ("seal", "clear")
@@ -32,16 +35,33 @@ class _Decryptor(Protocol):
 
 
 class LockedCipher:
-    """One encryptor and one decryptor, one thread at a time (the library promises no more)."""
+    """One encryptor and one decryptor, one thread at a time (the library promises no more).
 
-    def __init__(self, encryptor: _Encryptor, decryptor: _Decryptor) -> None:
-        self._encryptor, self._decryptor = encryptor, decryptor
+    tickets  the encryptor again, if it makes tickets
+    """
+
+    def __init__(
+        self, encryptor: _Encryptor, decryptor: _Decryptor, tickets: Encryptor | None = None
+    ) -> None:
+        self._encryptor, self._decryptor, self._tickets = encryptor, decryptor, tickets
         self._lock = threading.Lock()
 
-    def encrypt(self, activation: FloatArray, wait_s: float | None = None) -> bytes:
-        """(features,) -> container. Raises `DeadlineExceeded` when its turn comes too late."""
+    def encrypt(self, activation: FloatArray, wait_s: float | None = None, ticket: Any = None) -> bytes:
+        """(features,) -> container. Raises `DeadlineExceeded` when its turn comes too late, and
+        `StateError` for a ticket that was used or is another cipher's."""
         with self._turn(wait_s):
-            return self._encryptor.encrypt(activation)
+            if ticket is None:
+                return self._encryptor.encrypt(activation)
+            if self._tickets is None:
+                raise StateError("this cipher has no tickets")
+            return self._tickets.encrypt(activation, ticket)
+
+    def ticket(self, wait_s: float | None = None) -> Ticket | None:
+        """One for a later `encrypt`, or None. Raises `DeadlineExceeded`."""
+        if self._tickets is None:
+            return None
+        with self._turn(wait_s):
+            return self._tickets.ticket()
 
     def decrypt(self, container: bytes, wait_s: float | None = None) -> FloatArray:
         """Container -> logits (outputs,). Raises `ContainerError`, `DeadlineExceeded`."""
@@ -88,7 +108,8 @@ def open_cipher(spec: TailSpec, secret: Path, backend: str) -> LockedCipher:
     from blindtail.he.secret import Decryptor, Encryptor, SecretKey
 
     key = SecretKey.load(spec, secret)
-    return LockedCipher(Encryptor(spec, key), Decryptor(spec, key))
+    encryptor = Encryptor(spec, key)
+    return LockedCipher(encryptor, Decryptor(spec, key), encryptor)
 
 
 def make_keys(

@@ -146,7 +146,8 @@ def infer_command(
     )
     bundle = EdgeBundle.open(settings.model)
     pixels, true_label = _one_image(bundle, image)
-    with EdgeRuntime.open(bundle, **settings.runtime_settings()) as runtime:
+    # One image has no quiet moment before it.
+    with EdgeRuntime.open(bundle, **{**settings.runtime_settings(), "tickets": 0}) as runtime:
         if settings.orchestrator is not None:
             runtime.wait_attached(min(_ATTACH_S, settings.ready_timeout_s))
         if settings.cloud is not None and settings.ready_timeout_s:
@@ -202,6 +203,14 @@ def edge_command(
     state_dir: StateDir = None,
     uplink_bps: Uplink = None,
     backend: Backend = None,
+    tickets: Annotated[
+        int | None,
+        typer.Option(
+            "--tickets",
+            help="Encryptions that each actor prepares in quiet moments, so that the cloud can work "
+            "ahead; default 4, 0 = none.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="File for the answers, one JSON object a line.")
     ] = None,
@@ -251,6 +260,7 @@ def edge_command(
         uplink_bps=uplink_bps,
         backend=backend,
         actors=actors,
+        tickets=tickets,
         metrics_port=metrics_port,
         **_tls(ca, certificate, key),
     )

@@ -11,6 +11,7 @@ from blindtail.errors import ConfigError
 from blindtail.rpc import INSECURE_LOOPBACK, ClientTlsFiles, Credentials, split_address
 from edge.cells import split_addresses
 from edge.cipher import check_backend
+from edge.tickets import MOST_TICKETS
 from orchestrator.policy import make_policy
 
 
@@ -31,6 +32,8 @@ class EdgeConfig:
     state_dir          where this site's keys live; default ~/.local/state/blindtail
     uplink_bps         the uplink, bits per second; keys are sent at less than half of it
     backend            seal, or clear (no encryption: for tests only)
+    tickets            encryptions that each actor prepares in quiet moments and announces to the cloud,
+                       which can then do most of an evaluation ahead; 0 = none, most 64
     threads            threads per stage of the head
     actors             runtimes that answer side by side
     in_flight          images that one actor works on at once
@@ -52,6 +55,7 @@ class EdgeConfig:
     state_dir: Path | None = None
     uplink_bps: float | None = None
     backend: str = "seal"
+    tickets: int = 4
     threads: int = 1
     actors: int = 1
     in_flight: int = 2
@@ -68,7 +72,8 @@ class EdgeConfig:
         if self.plaintext and self.tls is not None:
             raise ConfigError("plaintext and tls exclude each other: remove one")
         check_backend(self.backend)
-        for name, low, high in (("threads", 1, 64), ("actors", 1, 64), ("in_flight", 1, 64)):
+        bounds = (("threads", 1, 64), ("actors", 1, 64), ("in_flight", 1, 64), ("tickets", 0, MOST_TICKETS))
+        for name, low, high in bounds:
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} must be from {low} to {high}, not {getattr(self, name)}")
         for name in ("deadline_s", "uplink_bps", "images_per_s"):
@@ -114,6 +119,7 @@ class EdgeConfig:
             "backend": self.backend,
             "orchestrator": self.orchestrator,
             "threads": self.threads,
+            "tickets": self.tickets,
         }
 
 

@@ -39,7 +39,7 @@ class DemoConfig:
     evaluators: int = 2
     rate_bps: float = 20e6
     delay_s: float = 0.020
-    backend: str = "seal"
+    backend: str = "auto"
     policy: str = "deadline"
     deadline_s: float = 2.0
     tighter_s: float = 0.15
@@ -121,7 +121,14 @@ def edge_command(config: DemoConfig, state: Path, address: str, control: str) ->
     return [
         *("blindtail", "edge", str(config.edge_bt), "--cloud", address, "--plaintext"),
         *("--orchestrator", control),
-        *("--actors", str(config.actors), "--policy", config.policy, "--backend", config.backend),
+        *(
+            "--actors",
+            str(config.actors),
+            "--policy",
+            config.policy,
+            "--backend",
+            "clear" if config.backend == "clear" else "seal",
+        ),
         *("--data", config.data, "--images", str(config.images)),
         *("--uplink-bps", str(config.rate_bps), "--config", str(state / "edge.toml")),
         *("--state-dir", str(state / "edge"), "--announce", str(state / "edge.json")),

@@ -21,7 +21,7 @@ from blindtail.errors import (
     TailUnavailable,
 )
 from blindtail.he.spec import TailSpec
-from blindtail.records import TailReply
+from blindtail.records import TailReply, TailTimings
 from blindtail.wire import KeyState, RegisterResult
 from edge.cells import Place
 from edge.keyfiles import KeyFiles, KeySet
@@ -55,7 +55,7 @@ class Joiner:
     """One tail's way into a cell. For one thread, except `close`.
 
     evaluate   (place, container, seconds) -> reply
-    on_probe   hears the seconds of an encrypted round trip
+    on_probe   hears the seconds of an encrypted round trip, and what the cloud says about it
     on_upload  hears the seconds from the start of an upload until its keys were usable
     on_others  hears of the other cells that a cell names
     """
@@ -70,7 +70,7 @@ class Joiner:
         clock: Callable[[], float],
         load_cipher: Callable[[TailSpec, Path, str], Cipher],
         evaluate: Callable[[Place, bytes, float], TailReply],
-        on_probe: Callable[[float], None] | None,
+        on_probe: Callable[[float, TailTimings], None] | None,
         on_upload: Callable[[float], None] | None,
         on_others: Callable[[tuple[str, ...]], None],
     ) -> None:
@@ -175,7 +175,7 @@ class Joiner:
             except (EvaluationFailed, Overloaded, ContainerError):
                 return  # requests will meet it, and answer from an exit
             if measured and self._on_probe is not None:
-                self._on_probe(self._clock() - start_s)
+                self._on_probe(self._clock() - start_s, reply.timings)
 
     def _progress(self, tell: Tell, event: Mapping[str, Any]) -> None:
         kind = event.get("event")

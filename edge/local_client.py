@@ -18,7 +18,7 @@ from blindtail.errors import DeadlineExceeded, TailUnavailable
 from blindtail.he.spec import TailSpec
 from blindtail.records import TailReply, TailTimings
 from edge.cipher import make_keys, open_cipher
-from edge.tail import TAIL_TIMEOUT_S, Cipher, TailState, TailStatus
+from edge.tail import TAIL_TIMEOUT_S, Cipher, TailState, TailStatus, Ticket
 
 if TYPE_CHECKING:
     from blindtail.he.program import Program
@@ -63,7 +63,7 @@ class LocalTail:
             secret, keys, prepared = (folder / n for n in ("secret.key", "evaluation.keys", "prepared"))
             make_keys(program.spec, secret, keys, backend)
             self._cipher = open_cipher(program.spec, secret, backend)
-            evaluator = open_evaluator(backend, program)
+            evaluator = open_evaluator("clear" if backend == "clear" else "auto", program)
             evaluator.prepare_keys(keys, prepared)
             self._client = InProcessTailClient(evaluator, evaluator.load_keys(prepared))
         self._closed = threading.Event()
@@ -84,6 +84,13 @@ class LocalTail:
         if self._closed.is_set():
             raise TailUnavailable("this tail is closed")
         return self._client.evaluate(container, remaining_s)
+
+    @property
+    def tickets(self) -> int:
+        return 0
+
+    def take_ticket(self, cipher: Cipher) -> Ticket | None:
+        return None
 
     def status(self) -> TailStatus:
         state = TailState.READY if self.ready else TailState.CLOSED

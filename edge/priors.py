@@ -31,11 +31,12 @@ def priors_of(bundle: EdgeBundle, uplink_bps: float | None = None) -> dict[str, 
     rate_bps = uplink_bps or DEFAULT_UPLINK_BPS
     for cut, spec in bundle.cuts.items():
         wire_s = (spec.uplink_bytes + spec.reply_bytes) * 8 / rate_bps + DEFAULT_ROUND_TRIP_S
-        priors[f"offload{cut}"] = _spread(wire_s + _eval_s(bundle, cut) + 2 * CRYPTO_S)
+        priors[f"offload{cut}"] = _spread(wire_s + predicted_eval_s(bundle, cut) + 2 * CRYPTO_S)
     return priors
 
 
-def _eval_s(bundle: EdgeBundle, cut: int) -> float:
+def predicted_eval_s(bundle: EdgeBundle, cut: int) -> float:
+    """Of the tail at `cut`, as the model's owner stated it."""
     stated = bundle.metrics.get("predicted_eval_s")
     if isinstance(stated, dict):
         stated = stated.get(str(cut))

@@ -35,6 +35,8 @@ class Request:
     spent: dict[str, float] = field(default_factory=dict)
     uplink_bytes: int = 0
     reply_bytes: int = 0
+    sent_ticket: bool = False  # encrypted with one
+    ticket: bool = False  # and the cloud had it ready
     _probabilities: dict[int, FloatArray] = field(default_factory=dict)
 
     def elapsed_s(self) -> float:
@@ -76,6 +78,8 @@ class Request:
         extra = {} if cut is None else {"cut": float(cut)}
         if self.policy_version:
             extra["policy_version"] = float(self.policy_version)
+        if self.ticket and route == "tail":
+            extra["ticket"] = 1.0
         steps = {f"{name}_s": seconds for name, seconds in self.spent.items()}
         return Answer(
             label=label,

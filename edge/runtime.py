@@ -21,10 +21,12 @@ from blindtail.records import Action, Answer, Decision, LatencyEstimate
 from blindtail.rpc import Credentials
 from blindtail.wire.control import Report
 from edge.accounting import Accounting, report_of
+from edge.activity import Activity
 from edge.control import PolicyControl, Rules
 from edge.executor import HeadExecutor, softmax
 from edge.keyfiles import default_state_dir
 from edge.latency import LatencyBook
+from edge.offloads import Offloads
 from edge.priors import priors_of
 from edge.request import Clock, Request
 from edge.stages import Stages
@@ -61,10 +63,13 @@ class EdgeRuntime:
         clock: Clock = time.monotonic,
         head: HeadExecutor | None = None,
         latencies: LatencyBook | None = None,
+        offloads: Offloads | None = None,
+        activity: Activity | None = None,
         deadline_s: float | None = None,
         metrics: EdgeMetrics | None = None,
     ) -> None:
-        """Composition by hand; `open` is the usual door. `tails`: cut -> tail, owned from now on."""
+        """Composition by hand; `open` is the usual door. `tails`: cut -> tail, owned from now on.
+        `activity`: told of every request, for those tails."""
         unknown = set(tails) - set(bundle.cuts)
         if unknown:
             raise ConfigError(f"model {bundle.model} has no cut after stage {min(unknown)}")
@@ -77,8 +82,10 @@ class EdgeRuntime:
         self._clock = clock
         self._head = head or HeadExecutor(bundle)
         self._latencies = latencies or LatencyBook(priors_of(bundle))
+        self._offloads = offloads or Offloads.of(bundle, self._latencies)
+        self._activity = activity or Activity(clock)
         self._stages = Stages(bundle, self._head, self._latencies, clock)
-        self._view = View(bundle, self._tails, self._latencies, clock)
+        self._view = View(bundle, self._tails, self._latencies, self._offloads, clock)
         self._pool = ThreadPoolExecutor(ASYNC_THREADS, thread_name_prefix="infer")
         self._closed = False
         self._head.warm_up()
@@ -99,6 +106,7 @@ class EdgeRuntime:
         uplink_bps: float | None = None,
         backend: str = "seal",
         threads: int = 1,
+        tickets: int = 4,
         orchestrator: str | None = None,
         clock: Clock = time.monotonic,
         metrics: EdgeMetrics | None = None,
@@ -115,6 +123,8 @@ class EdgeRuntime:
                      between runtimes of one device and they share one key set
         uplink_bps   the uplink's bits per second; keys are uploaded at less than
                      half of it. None = as fast as the link takes them
+        tickets      encryptions prepared in quiet moments for each cut, so that the cloud can do most
+                     of an evaluation ahead; (levels + 1) * N * 8 bytes each; 0 = none
         orchestrator "host:port" of who hands down policies and objectives, with the
                      same credentials; see `attach`
         metrics      counters for Prometheus, see `blindtail.metrics`
@@ -126,7 +136,8 @@ class EdgeRuntime:
         if isinstance(policy, str):
             policy = policy_for(bundle, policy, policy_parameters)
         tails: dict[int, Tail] = {}
-        latencies = LatencyBook(priors_of(bundle, uplink_bps))
+        latencies, activity = LatencyBook(priors_of(bundle, uplink_bps)), Activity(clock)
+        offloads = Offloads.of(bundle, latencies)
         if address is not None:
             from edge.tails import open_tails
 
@@ -137,8 +148,10 @@ class EdgeRuntime:
                 state_dir=state_dir,
                 uplink_bps=uplink_bps,
                 backend=backend,
-                on_probe=lambda cut, s: latencies.observe(f"offload{cut}", s, clock()),
+                on_probe=lambda cut, s, timings: offloads.observe(cut, s, timings, clock()),
                 on_upload=None if metrics is None else metrics.keys_uploaded,
+                tickets=tickets,
+                activity=activity,
             )
         try:
             runtime = cls(
@@ -148,6 +161,8 @@ class EdgeRuntime:
                 clock=clock,
                 head=HeadExecutor(bundle, threads=threads),
                 latencies=latencies,
+                offloads=offloads,
+                activity=activity,
                 deadline_s=deadline_s,
                 metrics=metrics,
             )
@@ -175,6 +190,10 @@ class EdgeRuntime:
 
     def _infer(self, image: NDArray[Any], deadline_s: float | None, started_s: float) -> Answer:
         request = self._request(deadline_s, started_s)
+        with self._activity.request():
+            return self._answer(request, image)
+
+    def _answer(self, request: Request, image: NDArray[Any]) -> Answer:
         x = self._head.prepare(image)
         for stage in range(len(self.bundle.stages)):
             x = self._stages.run(request, stage, x)
@@ -201,15 +220,18 @@ class EdgeRuntime:
         began_s = self._clock()
         try:
             tail = self._tails.get(cut)
-            if tail is None or tail.cipher is None:
+            cipher = None if tail is None else tail.cipher
+            if tail is None or cipher is None:
                 return self._fall_back(request, cut, x, UNAVAILABLE)
             decrypt_s = self._estimate("decrypt").p95_s
             encrypt_s = self._estimate("encrypt").p95_s
 
             self._require(request, encrypt_s + decrypt_s)
+            ticket = tail.take_ticket(cipher)
+            request.sent_ticket = ticket is not None
             with request.step("encrypt"):
-                container = tail.cipher.encrypt(
-                    x.reshape(-1).astype(np.float64), _less(request.left_s(), decrypt_s)
+                container = cipher.encrypt(
+                    x.reshape(-1).astype(np.float64), _less(request.left_s(), decrypt_s), ticket
                 )
             request.uplink_bytes = len(container)
 
@@ -221,7 +243,7 @@ class EdgeRuntime:
             except BaseException:
                 request.add("network", self._clock() - sent_s)
                 raise
-            request.reply_bytes = len(reply.container)
+            request.reply_bytes, request.ticket = len(reply.container), reply.timings.ticket
             inside_s = reply.timings.queue_s + reply.timings.eval_s
             request.add("network", self._clock() - sent_s - inside_s)
             request.add("queue", reply.timings.queue_s)
@@ -230,14 +252,14 @@ class EdgeRuntime:
             # Even a reply that came late has taught what an offload takes.
             self._require(request, decrypt_s)
             with request.step("decrypt"):
-                logits = tail.cipher.decrypt(reply.container, request.left_s())
+                logits = cipher.decrypt(reply.container, request.left_s())
         except Exception as error:
             self._learn_failure(request, cut, error, self._clock() - began_s)
             return self._fall_back(request, cut, x, fallback_reason(error))
         now_s = self._clock()
         self._latencies.observe("encrypt", request.spent["encrypt"], now_s)
         self._latencies.observe("decrypt", request.spent["decrypt"], now_s)
-        self._latencies.observe(f"offload{cut}", now_s - began_s, now_s)
+        self._offloads.observe(cut, now_s - began_s, reply.timings, now_s, sent=request.sent_ticket)
         if request.late():
             return self._fall_back(request, cut, x, "deadline")
         if logits.shape != (len(self.bundle.class_names),) or not np.isfinite(logits).all():
@@ -291,7 +313,7 @@ class EdgeRuntime:
     def _learn_failure(self, request: Request, cut: int, error: Exception, seconds: float) -> None:
         """A reply that did not come teaches that offloads are slow; other faults say nothing about time."""
         if isinstance(error, DeadlineExceeded) and "network" in request.spent:
-            self._latencies.observe(f"offload{cut}", seconds, self._clock(), censored=True)
+            self._offloads.gave_up(cut, seconds, self._clock())
         elif not isinstance(error, TailError):
             # The type alone: a foreign exception's text may carry anything.
             _log.warning("unexpected %s on the way to the tail; an exit answered", type(error).__name__)
@@ -366,6 +388,7 @@ class EdgeRuntime:
             policy_version=rules.version,
             deadline_s=rules.deadline_s,
             orchestrator="" if control is None else control.state,
+            by_ticket=self._accounting.by_ticket,
         )
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from blindtail.errors import (
@@ -37,15 +38,17 @@ from blindtail.errors import (
     TailUnavailable,
 )
 from blindtail.he.spec import TailSpec
-from blindtail.records import TailReply
+from blindtail.records import TailReply, TailTimings
 from blindtail.wire import REQUEST_ID_BYTES
+from edge.activity import Activity
 from edge.board import Board
 from edge.cells import Cells, Place
 from edge.cipher import open_cipher
 from edge.joining import FINAL, Draining, Joiner, Tell, finality
 from edge.keyfiles import KeyFiles
 from edge.keys import KeyWorker
-from edge.tail import STATE_AFTER, TAIL_TIMEOUT_S, Cipher, TailState, TailStatus
+from edge.tail import STATE_AFTER, TAIL_TIMEOUT_S, Cipher, TailState, TailStatus, Ticket
+from edge.tickets import TicketBook
 
 _log = logging.getLogger(__name__)
 
@@ -82,9 +85,12 @@ class RemoteTail:
         clock: Callable[[], float] = time.monotonic,
         seed: int | None = None,
         load_cipher: Callable[[TailSpec, Path, str], Cipher] = open_cipher,
-        on_probe: Callable[[float], None] | None = None,
+        on_probe: Callable[[float, TailTimings], None] | None = None,
         on_upload: Callable[[float], None] | None = None,
+        tickets: int = 0,
+        activity: Activity | None = None,
     ) -> None:
+        """tickets: most to hold, made while `activity` is quiet."""
         self._spec, self._cells, self._clock = spec, cells, clock
         self._joiner = Joiner(
             spec,
@@ -99,6 +105,7 @@ class RemoteTail:
             on_others=cells.learn,
         )
         self._random = random.Random(seed)
+        self._book = TicketBook(tickets, activity or Activity(clock), clock=clock, on_trouble=self._note)
         self._board = Board(spec, clock)
         self._changed = self._board.changed  # also the lock under which places are changed
         self._place: Place | None = None
@@ -115,6 +122,7 @@ class RemoteTail:
 
     def start(self) -> None:
         self._thread.start()
+        self._book.start()
 
     # -- what the runtime sees ---------------------------------------------------
 
@@ -130,14 +138,21 @@ class RemoteTail:
     def ready(self) -> bool:
         return self._board.is_ready and self._clock() >= self._held_until_s
 
+    @property
+    def tickets(self) -> int:
+        return self._book.at_hand
+
+    def take_ticket(self, cipher: Cipher) -> Ticket | None:
+        return self._book.take(cipher)
+
     def status(self) -> TailStatus:
-        return self._board.status
+        return replace(self._board.status, tickets=self._book.at_hand)
 
     def wait_ready(self, timeout_s: float) -> bool:
         return self._board.wait_ready(timeout_s)
 
     def evaluate(self, container: bytes, remaining_s: float | None) -> TailReply:
-        """One evaluation; the same bytes are sent once more after a broken connection or a failed
+        """One evaluation; the very same bytes are sent once more after a broken connection or a failed
         evaluation, if the time left covers a typical round trip, and once to another cell when this
         one has gone and another is reached in time. Raises `TailError`."""
         end_s = self._clock() + (TAIL_TIMEOUT_S if remaining_s is None else remaining_s)
@@ -207,6 +222,7 @@ class RemoteTail:
         self._joiner.close()
         if place is not None:
             place.client.close()
+        self._book.close()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout=5)
 
@@ -232,6 +248,7 @@ class RemoteTail:
             if self._closed or place is not self._place or self._trouble is not None:
                 return
             self._trouble = error
+            self._book.end()
             states = (state for kind, state in STATE_AFTER.items() if isinstance(error, kind))
             self._board.set(next(states, TailState.AWAY), str(error))
         self._wake.set()
@@ -334,6 +351,8 @@ class RemoteTail:
             old, self._place = self._place, place
             self._candidate, self._settled_s = place.candidate, self._clock()
             self._trouble, self._late = None, 0
+            if self._joiner.cipher is not None:
+                self._book.begin(place, self._joiner.cipher)
             registrations = self._board.status.registrations + 1
             self._board.set(TailState.READY, registrations=registrations, cell=place.client.address)
         if old is not None and old is not place:

@@ -18,6 +18,7 @@ class RuntimeStatus:
     policy_version  the orchestrator's number of the policy in force; 0 = the runtime's own
     deadline_s      of requests that bring none of their own; None = none
     orchestrator    "attached", "away", or "" for a runtime without one
+    by_ticket       answers of the tail that a ticket made shorter
     """
 
     model: str
@@ -32,6 +33,7 @@ class RuntimeStatus:
     policy_version: int = 0
     deadline_s: float | None = None
     orchestrator: str = ""
+    by_ticket: int = 0
 
     @property
     def ready(self) -> bool:

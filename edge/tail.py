@@ -57,15 +57,31 @@ def fallback_reason(error: Exception) -> str:
     return next((word for kind, word in FALLBACK_REASONS if isinstance(error, kind)), "unavailable")
 
 
+class Ticket(Protocol):
+    """An encryption of zero, made ahead of the one message that it covers (`blindtail.he.secret`)."""
+
+    @property
+    def seed(self) -> bytes:
+        """64 bytes that may be announced."""
+
+
 class Cipher(Protocol):
     """Encrypts activations, decrypts replies. Thread-safe.
 
-    `encrypt` and `decrypt` wait at most `wait_s` for another thread's turn, then
-    raise `DeadlineExceeded`; None waits as long as it takes.
+    All wait at most `wait_s` for another thread's turn, then raise `DeadlineExceeded`;
+    None waits as long as it takes.
     """
 
-    def encrypt(self, activation: FloatArray, wait_s: float | None = None) -> bytes:
-        """(features,) -> container. Raises `DeadlineExceeded`."""
+    def encrypt(
+        self, activation: FloatArray, wait_s: float | None = None, ticket: Ticket | None = None
+    ) -> bytes:
+        """(features,) -> container, with a ticket of this cipher's own or without.
+
+        Raises `DeadlineExceeded`, and `StateError` for a ticket that was used or is another's.
+        """
+
+    def ticket(self, wait_s: float | None = None) -> Ticket | None:
+        """A new one; None from a cipher that has none. Raises `DeadlineExceeded`."""
 
     def decrypt(self, container: bytes, wait_s: float | None = None) -> FloatArray:
         """Container -> logits (outputs,). Raises `ContainerError`, `DeadlineExceeded`."""
@@ -113,7 +129,7 @@ class TailStatus:
 
     `sent_bytes` of `key_bytes` evaluation keys are uploaded. `since_s` is on the
     runtime's clock. `problem` is a public message, empty when all is well. `cell` is
-    the address of the cell that answers, empty while there is none.
+    the address of the cell that answers, empty while there is none. `tickets` are at hand.
     """
 
     state: TailState
@@ -123,6 +139,7 @@ class TailStatus:
     registrations: int = 0
     since_s: float = 0.0
     cell: str = ""
+    tickets: int = 0
 
 
 class Tail(TailClient, Protocol):
@@ -138,6 +155,14 @@ class Tail(TailClient, Protocol):
     @property
     def ready(self) -> bool:
         """True when keys are uploaded, the session is registered and no back-off runs."""
+
+    @property
+    def tickets(self) -> int:
+        """How many tickets are at hand."""
+
+    def take_ticket(self, cipher: Cipher) -> Ticket | None:
+        """One that this cipher made and the cell has heard of; None when there is none. It is used
+        for one encryption or not at all, and never given back."""
 
     def status(self) -> TailStatus: ...
 

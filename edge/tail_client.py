@@ -1,4 +1,4 @@
-"""The gRPC client of one cell: register, ask for keys, evaluate."""
+"""The gRPC client of one cell: register, ask for keys, announce tickets, evaluate."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from blindtail.wire import (
     KeyStatusCall,
     RegisterCall,
     RegisterResult,
+    TicketOffer,
+    TicketsTaken,
 )
 
 
@@ -30,6 +32,9 @@ class CellClient(Protocol):
     def register(self, key_sha256: bytes, timeout_s: float) -> RegisterResult: ...
 
     def key_status(self, key_sha256: bytes, timeout_s: float) -> KeyStatus: ...
+
+    def tickets(self, session: bytes, seeds: tuple[bytes, ...], timeout_s: float) -> TicketsTaken:
+        """Announces seeds; none, to ask how many it takes. A cell without tickets: capacity 0."""
 
     def evaluate(
         self, session: bytes, request_id: bytes, attempt: int, container: bytes, remaining_s: float
@@ -79,6 +84,10 @@ class GrpcTailClient:
         with self._line.use() as stub:
             return stub.key_status(KeyStatusCall(self._spec.program_id, key_sha256), timeout_s)
 
+    def tickets(self, session: bytes, seeds: tuple[bytes, ...], timeout_s: float) -> TicketsTaken:
+        with self._line.use() as stub:
+            return stub.tickets(TicketOffer(session, seeds), timeout_s)
+
     def evaluate(
         self, session: bytes, request_id: bytes, attempt: int, container: bytes, remaining_s: float
     ) -> TailReply:
@@ -90,7 +99,7 @@ class GrpcTailClient:
         with self._line.use() as stub:
             result = stub.evaluate(call, remaining_s, self._reply_bytes)
         timings = TailTimings(
-            result.queue_s, result.eval_s, result.evaluator, result.draining, result.version
+            result.queue_s, result.eval_s, result.evaluator, result.draining, result.version, result.ticket
         )
         return TailReply(result.container, timings, time.monotonic() - start_s)
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from blindtail.bundle import EdgeBundle
 from blindtail.errors import ConfigError
 from blindtail.he.spec import TailSpec
+from blindtail.records import TailTimings
 from blindtail.rpc import Credentials, secure_channel
+from edge.activity import Activity
 from edge.cells import Cells, may_dial, split_addresses
 from edge.cipher import check_backend, largest_reply, prepare_backend
 from edge.keyfiles import KeyFiles, default_state_dir
@@ -18,6 +20,7 @@ from edge.keys_child import Order, credentials_to_json
 from edge.session import RemoteTail
 from edge.tail import Tail
 from edge.tail_client import CellClient, GrpcTailClient
+from edge.tickets import MOST_TICKETS
 
 #: An upload without a byte of progress is given up after this long; sooner when there is another cell.
 GIVE_UP_S, GIVE_UP_ONE_OF_MANY_S = 60.0, 10.0
@@ -31,13 +34,18 @@ def open_tails(
     state_dir: str | Path | None = None,
     uplink_bps: float | None = None,
     backend: str = "seal",
-    on_probe: Callable[[int, float], None] | None = None,
+    on_probe: Callable[[int, float, TailTimings], None] | None = None,
     on_upload: Callable[[float], None] | None = None,
+    tickets: int = 0,
+    activity: Activity | None = None,
 ) -> dict[int, Tail]:
     """One started `RemoteTail` per cut of the model. Raises `ConfigError`.
 
     address  "host:port", or several with commas between them: the first is preferred
+    tickets  most that each tail holds, made while `activity` is quiet; 0 = none
     """
+    if not 0 <= tickets <= MOST_TICKETS:
+        raise ConfigError(f"tickets must be from 0 to {MOST_TICKETS}, not {tickets}")
     check_backend(backend)
     addresses = split_addresses(address)
     for one in addresses:
@@ -60,8 +68,10 @@ def open_tails(
                 KeyFiles(root, spec, backend),
                 KeyProcess(_orders(spec, root, backend, credentials, uplink_bps, patience_s)),
                 backend=backend,
-                on_probe=None if on_probe is None else lambda s, cut=cut: on_probe(cut, s),  # type: ignore[misc]
+                on_probe=None if on_probe is None else partial(on_probe, cut),
                 on_upload=on_upload,
+                tickets=tickets,
+                activity=activity,
             )
             tails[cut] = tail
             tail.start()

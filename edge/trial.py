@@ -62,6 +62,9 @@ def contexts(bundle: EdgeBundle) -> Iterator[DecisionContext]:
                     offload=offload,
                     next_exit=LatencyEstimate(0.001, 0.002, 9) if later else None,
                     cut_ahead=any(cut > stage for cut in bundle.cuts),
+                    ticket=offload is not None and offload.samples > 0,
+                    eval_online_s=0.001 if cut_here else None,
+                    eval_total_s=0.004 if cut_here else None,
                 )
 
 

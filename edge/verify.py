@@ -49,8 +49,12 @@ def verify_command(
         int | None, typer.Option("--cut", help="Index of the stage after which to cut; default the last cut.")
     ] = None,
     backend: Annotated[
-        str, typer.Option("--backend", help="seal (encrypted), or clear (no encryption: checks the layout).")
-    ] = "seal",
+        str,
+        typer.Option(
+            "--backend",
+            help="native or seal (encrypted; auto: the first there is), or clear (checks the layout).",
+        ),
+    ] = "auto",
     out: Annotated[Path, typer.Option("--out", help="Folder for report.json and report.html.")] = Path(
         "out/verify"
     ),
@@ -120,10 +124,13 @@ def verify(
     pixels: NDArray[Any],
     labels: Ints,
     *,
-    backend: str = "seal",
+    backend: str = "auto",
     progress: Progress = lambda step, done, total: None,
 ) -> dict[str, Any]:
     """The report as a dictionary. pixels (n, C, H, W), labels (n,)."""
+    from blindtail.he.backends import settle
+
+    backend = settle(backend)
     started_s = time.monotonic()
     n = len(labels)
     head = pair.run_head(pixels, lambda done: progress("head and exits", done, n))

@@ -126,7 +126,7 @@ class DeadlineAware(Policy):
        and the time left must cover the next exit and an offload after it.
     3. OFFLOAD at this cut: uplink bytes and the cloud's seconds. Admissible when
        the tail is ready and the predicted p95, times `safety`, plus `reserve_s`,
-       meets the deadline.
+       meets the deadline. That is shorter while a ticket is at hand.
     4. EXIT from the most confident exit, unsure as it is (or CONTINUE while no
        exit has been seen).
 

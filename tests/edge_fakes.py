@@ -18,7 +18,7 @@ from blindtail.he.program import Program
 from blindtail.he.spec import TailSpec
 from blindtail.preprocessing import Preprocessing
 from blindtail.records import TailReply, TailTimings
-from edge.tail import TailState, TailStatus
+from edge.tail import TailState, TailStatus, Ticket
 
 FEATURES, CLASSES = 8, 4
 SHAPE = (1, 2, 4)
@@ -110,16 +110,40 @@ class FakeClock:
         self.now += seconds
 
 
+class NumberedTicket:
+    """Its seed is its number."""
+
+    def __init__(self, number: int) -> None:
+        self.seed = number.to_bytes(64, "big")
+
+
 class PlainCipher:
-    """ "Encrypts" by writing floats down; the tail's answer is class 3 unless told otherwise."""
+    """ "Encrypts" by writing floats down; the tail's answer is class 3 unless told otherwise.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.encrypted = 0
+    Tickets are numbered from 1 on; a container under one begins with its seed.
+    """
 
-    def encrypt(self, activation: NDArray[np.float64], wait_s: float | None = None) -> bytes:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, tickets: bool = True) -> None:
+        self.encrypted = self.made = 0
+        self.has_tickets = tickets
+        self.used: list[bytes] = []
+
+    def encrypt(
+        self, activation: NDArray[np.float64], wait_s: float | None = None, ticket: Ticket | None = None
+    ) -> bytes:
         assert activation.shape == (FEATURES,)
         self.encrypted += 1
-        return activation.tobytes()
+        if ticket is None:
+            return activation.tobytes()
+        assert ticket.seed not in self.used, "a second message under one ticket"
+        self.used.append(ticket.seed)
+        return ticket.seed + activation.tobytes()
+
+    def ticket(self, wait_s: float | None = None) -> Ticket | None:
+        if not self.has_tickets:
+            return None
+        self.made += 1
+        return NumberedTicket(self.made)
 
     def decrypt(self, container: bytes, wait_s: float | None = None) -> NDArray[np.float64]:
         from blindtail.errors import ContainerError
@@ -145,6 +169,15 @@ class FakeTail:
     calls: list[float | None] = field(default_factory=list)
     spec: TailSpec = field(default_factory=spec_of)
     closed: bool = False
+    waiting: list[Ticket] = field(default_factory=list)
+
+    @property
+    def tickets(self) -> int:
+        return len(self.waiting)
+
+    def take_ticket(self, cipher: object) -> Ticket | None:
+        assert cipher is self.cipher
+        return self.waiting.pop(0) if self.waiting else None
 
     def evaluate(self, container: bytes, remaining_s: float | None) -> TailReply:
         self.calls.append(remaining_s)

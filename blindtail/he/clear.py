@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from blindtail.errors import ContainerError, KeysMissing
 from blindtail.he import container, noise
-from blindtail.he.backends import Evaluator, Keys, write_atomically
+from blindtail.he.backends import Evaluator, Keys, Ticket, no_ticket, write_atomically
 from blindtail.he.container import Seeded
 from blindtail.he.layers import FloatArray
 from blindtail.he.params import Parameters
@@ -125,7 +125,8 @@ class ClearEvaluator(Evaluator):
             raise KeysMissing("the stored evaluation keys belong to another program; upload them again")
         return Keys(None, 0)
 
-    def evaluate(self, keys: Keys, container_bytes: bytes) -> bytes:
+    def evaluate(self, keys: Keys, container_bytes: bytes, ticket: Ticket | None = None) -> bytes:
+        no_ticket(self, ticket)
         spec = self.spec
         slots = container.read_clear(spec, container_bytes, spec.input_level, spec.input_scale)
         done = self.program.run(self._operations, ClearCiphertext(slots, spec.input_level, spec.input_scale))

@@ -1,15 +1,14 @@
 """From layers and calibration data to a `Program`.
 
 Steps: rewrite quadratics so that plain squares stand between affine maps;
-choose outer or inner sums; choose the ring and the primes for the levels
-needed; choose scales that minimise the predicted output error while every
-value fits its modulus with room (|value| * scale < q / 4 at every step, from
-calibration data); size the reply.
+choose the ring and the primes for the levels needed; choose outer or inner sums,
+baby steps and fold groups (`blindtail.he.schedule`); choose scales that minimise
+the predicted output error while every value fits its modulus with room
+(|value| * scale < q / 4 at every step, from calibration data); size the reply.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,12 +16,16 @@ from dataclasses import replace
 import numpy as np
 
 from blindtail.errors import ModelError
-from blindtail.he import cost, noise, slotmaps
+from blindtail.he import noise, schedule, slotmaps
 from blindtail.he.compatible import differences
+from blindtail.he.container import HEADER_BYTES
 from blindtail.he.layers import Affine, FloatArray, Layer, evaluate_clear, squares_only
+from blindtail.he.operations import MapOp, Op, SquareOp, fold, landing_scale
+from blindtail.he.packing import packed_bytes
 from blindtail.he.params import Parameters
-from blindtail.he.program import MapOp, Op, Program, SquareOp, finish, landing_scale
+from blindtail.he.program import Program, finish
 from blindtail.he.scales import HEADROOM, Stats, choose_scales, propagate
+from blindtail.he.schedule import KeysTooLarge, Step
 from blindtail.he.spec import Layout, ReplyForm, TailSpec
 
 #: Smallest period of a reply: 2 * 16 coefficients of c0 travel.
@@ -30,6 +33,8 @@ REPLY_PERIOD = 16
 #: A reply may lose low bits of c1 as long as the error they cause stays below the
 #: noise, or below this share of the largest logit (one standard deviation).
 REPLY_PRECISION = 2.0**-15
+#: Two bits fewer are lost where the reply then still fits these bytes (at N = 8192).
+REPLY_BYTES, FINER_BITS = 26_000, 2
 _SAMPLES = 64
 
 
@@ -40,6 +45,7 @@ def compile_tail(
     lanes: int = 1,
     ring_degree: int | None = None,
     like: TailSpec | None = None,
+    key_budget_bytes: int | None = None,
 ) -> Program:
     """Compile alternating affine maps and quadratics into an encrypted program.
 
@@ -50,9 +56,12 @@ def compile_tail(
     like         the tail that devices hold: the new program takes its place (`he.compatible`);
                  lanes and ring are then its own. Its layers must have the same sizes, and its
                  logits may be up to a quarter larger than those `like` was compiled for.
+    key_budget_bytes  most bytes that the evaluation keys' container may have: more keys, less
+                 time. Without it 30 MB for N = 8192 (`schedule.default_budget`), or as few as
+                 possible where that is too little; of no effect with `like`
 
     Levels consumed: one a map, one a square. Raises `ModelError` with the
-    layer's name and the way out.
+    layer's name and the way out, `KeysTooLarge` when no choice fits the budget.
     """
     maps = squares_only(layers)
     x = _checked(calibration, maps[0].weight.shape[1])
@@ -64,7 +73,9 @@ def compile_tail(
     problem: ModelError | None = None
     for parameters in _candidates(levels, ring_degree):
         try:
-            return _compile(maps, x, lanes, parameters)
+            return _compile(maps, x, lanes, parameters, budget=key_budget_bytes)
+        except KeysTooLarge:
+            raise  # a larger ring has larger keys
         except ModelError as error:
             problem = error
     assert problem is not None
@@ -102,25 +113,27 @@ def _checked_like(program: Program, like: TailSpec) -> Program:
 
 
 def _compile(
-    maps: Sequence[Affine], x: FloatArray, lanes: int, parameters: Parameters, like: TailSpec | None = None
+    maps: Sequence[Affine],
+    x: FloatArray,
+    lanes: int,
+    parameters: Parameters,
+    like: TailSpec | None = None,
+    budget: int | None = None,
 ) -> Program:
     if like is not None and parameters.max_level != 2 * len(maps) - 1:
         raise ModelError(
             f"the tail consumes {2 * len(maps) - 1} levels, the one that devices hold "
             f"{parameters.max_level}: keep the number of its layers, or hand out a new edge.bt"
         )
-    arrangements, first = _arrange(maps, lanes, parameters)
-    stats = _statistics(maps, arrangements, first, x, lanes)
+    first, steps = _schedule(maps, lanes, parameters, like, budget)
+    stats = _statistics(maps, steps, first, x)
     scales = choose_scales(maps, stats, parameters, like)
-    ops = _build(maps, arrangements, first, scales, parameters, like)
+    ops = _build(maps, steps, first, scales, parameters, like)
     left = propagate(stats, scales, parameters)
-    last = arrangements[-1].period
+    last = steps[-1].arrangement.period
     period = last * lanes
     # Of a reply's noise, only that of the 2 * period coefficients that are read remains.
-    accepted = max(left.typical, (REPLY_PRECISION * stats[-1].max_out * scales[-1]) ** 2)
-    dropped = 0
-    while period * noise.truncated(parameters, dropped + 1) <= accepted and dropped < 16:
-        dropped += 1
+    dropped = _dropped_bits(parameters, period, left.typical, stats[-1].max_out * scales[-1])
     if like is not None:
         dropped = like.reply.c1_dropped_bits
     cut = period * noise.truncated(parameters, dropped)
@@ -130,7 +143,7 @@ def _compile(
         input_level=parameters.max_level,
         input_scale=scales[0],
         keys=(),
-        output_layout=arrangements[-1].out_layout,
+        output_layout=steps[-1].arrangement.out_layout,
         reply=ReplyForm(period, dropped, ops[-1].out_scale),
         predicted_noise=math.sqrt(left.typical + cut) / scales[-1],
         predicted_worst_noise=math.sqrt(left.worst + cut) / scales[-1],
@@ -140,75 +153,69 @@ def _compile(
     return Program(finish(ops, draft), ops)
 
 
-def _arrange(
-    maps: Sequence[Affine], lanes: int, parameters: Parameters
-) -> tuple[list[slotmaps.Arrangement], Layout]:
-    """The cheapest choice of sums by counted transforms; the last map is always an outer sum."""
-    rows = [m.weight.shape[0] for m in maps]
-    size = maps[0].weight.shape[1]
-    last = max(slotmaps.power_of_two(rows[-1]), REPLY_PERIOD // lanes)
-    first_rows = last if len(maps) == 1 else rows[0]
-    first = slotmaps.input_layout(size, first_rows, parameters.slots, lanes)
-    best: tuple[int, list[slotmaps.Arrangement]] | None = None
-    middle = max(len(maps) - 2, 0)
-    for choice in itertools.product(("outer", "inner"), repeat=middle):
-        kinds = ["outer", *choice, "outer"][: len(maps)]
-        layout, chosen = first, []
-        for index, (kind, out) in enumerate(zip(kinds, rows, strict=True)):
-            period = last if index == len(maps) - 1 else None
-            made = slotmaps.inner(layout, out) if kind == "inner" else slotmaps.outer(layout, out, period)
-            if made is None:
-                break
-            chosen.append(made)
-            layout = made.out_layout
-        if len(chosen) < len(maps):
-            continue
-        price = sum(_transforms(a, parameters.max_level - 2 * i) for i, a in enumerate(chosen))
-        if best is None or price < best[0]:
-            best = (price, chosen)
-    assert best is not None
-    return best[1], first
+def _schedule(
+    maps: Sequence[Affine], lanes: int, parameters: Parameters, like: TailSpec | None, budget: int | None
+) -> tuple[Layout, list[Step]]:
+    """The last map is always an outer sum, of the period that replies are cut to."""
+    last = max(slotmaps.power_of_two(maps[-1].weight.shape[0]), REPLY_PERIOD // lanes)
+    firsts = slotmaps.first_maps(maps[0].weight, parameters.slots, lanes, last if len(maps) == 1 else None)
+    if like is None:
+        return schedule.choose(maps, firsts, parameters, last, budget=budget)
+    # Zeros among the new weights may offer another layout: devices keep theirs.
+    firsts = [way for way in firsts if way[0] == like.input_layout] or firsts
+    return schedule.choose(maps, firsts, parameters, last, held=like.keys)
 
 
-def _transforms(a: slotmaps.Arrangement, level: int) -> int:
-    baby = slotmaps.baby_steps(a.offsets)
-    turns = baby - 1 + -(-a.offsets // baby) - 1
-    return turns * cost.keyswitch_transforms(level) + len(a.folds) * cost.keyswitch_transforms(level - 1)
+def _dropped_bits(parameters: Parameters, period: int, noise_variance: float, largest: float) -> int:
+    """Lowest bits of c1 that a reply goes without; both numbers in units of its scale."""
+    accepted = max(noise_variance, (REPLY_PRECISION * largest) ** 2)
+    most = 0
+    while most < 16 and period * noise.truncated(parameters, most + 1) <= accepted:
+        most += 1
+
+    def size(bits: int) -> int:
+        width = parameters.primes[0].bit_length()
+        c1 = packed_bytes(parameters.ring_degree, width - bits)
+        return HEADER_BYTES + packed_bytes(2 * period, width) + c1
+
+    fits = [
+        bits
+        for bits in range(max(0, most - FINER_BITS), most)
+        if size(bits) <= REPLY_BYTES * parameters.ring_degree / 8192
+    ]
+    return min(fits, default=most)
 
 
 def _statistics(
     maps: Sequence[Affine],
-    arrangements: Sequence[slotmaps.Arrangement],
+    steps: Sequence[Step],
     first: Layout,
     x: FloatArray,
-    lanes: int,
 ) -> list[Stats]:
     found: list[Stats] = []
     values = x
     layout = first
     pick = x[:: max(1, len(x) // _SAMPLES)][:_SAMPLES]
     slots = np.stack([one_lane(layout).place(row) for row in pick])  # (samples, positions)
-    for index, (step, how) in enumerate(zip(maps, arrangements, strict=True)):
+    for index, (step, how) in enumerate(zip(maps, steps, strict=True)):
         op = _map_op(step, how, layout, 0, 2.0, 2.0)
         diagonals = op.diagonals
         out = np.zeros_like(slots)
         for k, multipliers in diagonals.items():
             out += multipliers * np.roll(slots, -k, axis=1)
-        for fold in op.folds:
-            out = out + np.roll(out, -fold, axis=1)
-        out += op.bias_slots()
+        out = fold(out, op.folds) + op.bias_slots()
         values = step(values)
-        steps = {divmod(k, op.baby) for k in diagonals}
+        used = {divmod(k, op.baby) for k in diagonals}
         found.append(
             Stats(
                 rms_in=float(np.sqrt((slots**2).mean())),
                 power=float(sum((m**2).mean() for m in diagonals.values())),
                 weight_power=float((step.weight**2).mean()),
-                products=len(steps),
-                baby_turns=len({b for _, b in steps if b}),
-                giant_turns=max((g for g, _ in steps), default=0),
-                folds=len(op.folds),
-                copies=len(layout.content) // how.period,
+                products=len(used),
+                baby_turns=len({b for _, b in used if b}),
+                giant_turns=max((g for g, _ in used), default=0),
+                folds=tuple(len(group) for group in op.folds),
+                copies=len(layout.content) // how.arrangement.period,
                 max_out=max(float(np.abs(values).max()), float(np.abs(out).max())),
                 rms_out=float(np.sqrt((out**2).mean())),
             )
@@ -224,19 +231,18 @@ def one_lane(layout: Layout) -> Layout:
     return replace(layout, lanes=1)
 
 
-def _map_op(
-    step: Affine, how: slotmaps.Arrangement, layout: Layout, level: int, in_scale: float, out_scale: float
-) -> MapOp:
+def _map_op(step: Affine, how: Step, layout: Layout, level: int, in_scale: float, out_scale: float) -> MapOp:
     return MapOp(
         name=step.name,
         level=level,
         weight=step.weight,
         bias=step.bias,
         in_layout=layout,
-        out_layout=how.out_layout,
-        rows=how.rows,
-        offsets=how.offsets,
-        baby=slotmaps.baby_steps(how.offsets),
+        out_layout=how.arrangement.out_layout,
+        rows=how.arrangement.rows,
+        offsets=how.arrangement.offsets,
+        stride=how.arrangement.stride,
+        baby=how.baby,
         folds=how.folds,
         in_scale=in_scale,
         out_scale=out_scale,
@@ -245,7 +251,7 @@ def _map_op(
 
 def _build(
     maps: Sequence[Affine],
-    arrangements: Sequence[slotmaps.Arrangement],
+    steps: Sequence[Step],
     first: Layout,
     scales: Sequence[float],
     parameters: Parameters,
@@ -253,12 +259,12 @@ def _build(
 ) -> tuple[Op, ...]:
     ops: list[Op] = []
     layout, scale, level = first, scales[0], parameters.max_level
-    for index, (step, how, target) in enumerate(zip(maps, arrangements, scales[1:], strict=True)):
+    for index, (step, how, target) in enumerate(zip(maps, steps, scales[1:], strict=True)):
         landed = landing_scale(scale, target, parameters.primes[level])
         if like is not None and index == len(maps) - 1:
             landed = like.reply.scale
         ops.append(_map_op(step, how, layout, level, scale, landed))
-        layout, scale, level = how.out_layout, landed, level - 1
+        layout, scale, level = how.arrangement.out_layout, landed, level - 1
         if index < len(maps) - 1:
             squared = scale * scale / parameters.primes[level]
             ops.append(SquareOp(f"square{index}", level, layout, scale, squared))
@@ -266,4 +272,4 @@ def _build(
     return tuple(ops)
 
 
-__all__ = ["HEADROOM", "REPLY_PERIOD", "compile_tail", "evaluate_clear"]
+__all__ = ["HEADROOM", "REPLY_PERIOD", "KeysTooLarge", "compile_tail", "evaluate_clear"]

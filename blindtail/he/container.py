@@ -95,7 +95,7 @@ def reply_bytes(spec: TailSpec) -> int:
 
 def key_bytes(spec: TailSpec) -> int:
     """Exact size of the evaluation keys' container."""
-    return HEADER_BYTES + sum((k.level + 1) * _digit_bytes(spec, k.level) for k in spec.keys)
+    return HEADER_BYTES + sum(one_key_bytes(spec, k.level) for k in spec.keys)
 
 
 def _seal(kind: int, level: int, generator: int, scale: float, program_id: str, body: Buffer) -> bytes:
@@ -170,10 +170,15 @@ def write_ciphertext(spec: TailSpec, ciphertext: Seeded) -> bytes:
     return _seal(CIPHERTEXT, spec.input_level, BLAKE2XB, spec.input_scale, spec.program_id, body)
 
 
+def ciphertext_body(spec: TailSpec, data: Buffer) -> memoryview:
+    """Everything checked but the residues, for a reader that checks those itself."""
+    size = ciphertext_bytes(spec) - HEADER_BYTES
+    return _open(data, CIPHERTEXT, spec.input_level, BLAKE2XB, spec.input_scale, spec.program_id, size)
+
+
 def read_ciphertext(spec: TailSpec, data: Buffer) -> Seeded:
     """Raises `ContainerError` unless `data` is exactly what the program expects."""
-    size = ciphertext_bytes(spec) - HEADER_BYTES
-    body = _open(data, CIPHERTEXT, spec.input_level, BLAKE2XB, spec.input_scale, spec.program_id, size)
+    body = ciphertext_body(spec, data)
     primes = spec.parameters.primes[: spec.input_level + 1]
     c0, _ = _unpack_residues(body, SEED_BYTES, spec.parameters.ring_degree, primes, _KIND_NAMES[CIPHERTEXT])
     return Seeded(c0, bytes(body[:SEED_BYTES]))
@@ -184,7 +189,11 @@ def write_reply(spec: TailSpec, c0: U64, c1: U64) -> bytes:
     width = spec.parameters.primes[0].bit_length()
     drop = spec.reply.c1_dropped_bits
     stride = spec.parameters.ring_degree // (2 * spec.reply.period)
-    body = pack_bits(c0[::stride], width) + pack_bits(c1 >> np.uint64(drop), width - drop)
+    return seal_reply(spec, pack_bits(c0[::stride], width) + pack_bits(c1 >> np.uint64(drop), width - drop))
+
+
+def seal_reply(spec: TailSpec, body: Buffer) -> bytes:
+    """A reply's container around a body that is already packed."""
     return _seal(REPLY, 0, NO_SEED, spec.reply.scale, spec.program_id, body)
 
 
@@ -241,10 +250,20 @@ def read_key_file(spec: TailSpec, path: Path) -> bytes:
         raise ContainerError("evaluation keys: the file cannot be read; upload them again") from error
 
 
+def one_key_bytes(spec: TailSpec, level: int) -> int:
+    """Bytes of one key in the body of a key container."""
+    return (level + 1) * _digit_bytes(spec, level)
+
+
+def key_body(spec: TailSpec, data: Buffer) -> memoryview:
+    """Everything checked but the residues, for a reader that checks those itself."""
+    top = max((k.level for k in spec.keys), default=0)
+    return _open(data, KEYS, top, BLAKE2XB, 0.0, spec.program_id, key_bytes(spec) - HEADER_BYTES)
+
+
 def read_keys(spec: TailSpec, data: Buffer) -> Iterator[tuple[KeyNeed, list[Seeded]]]:
     """Checked keys one by one, in the order of `spec.keys`; header and hash first."""
-    top = max((k.level for k in spec.keys), default=0)
-    body = _open(data, KEYS, top, BLAKE2XB, 0.0, spec.program_id, key_bytes(spec) - HEADER_BYTES)
+    body = key_body(spec, data)
     at = 0
     for need in spec.keys:
         digits: list[Seeded] = []

@@ -1,86 +1,128 @@
 """What an operation costs: counts first, seconds from counts.
 
-Everything a CKKS server does is transforms (NTT and inverse, one prime each)
-and passes over memory. Counts follow SEAL's algorithms with k = level + 1 data
-primes and one special prime:
+Everything a CKKS server does is transforms (NTT and inverse, one prime each),
+products with keys and passes over memory. A *key pair* is one (digit, prime)
+pair of a key product, both outputs. At level l a ciphertext has k = l + 1 data
+primes; there is one special prime P, and k digits.
 
-    rotation, relinearisation   k inverse, k^2 forward (own prime skipped), and
-                                2 (1 + k) for dividing by the special prime
-    rescale                     2 (1 + (k - 1))
+`seal` (and `clear`, which is given the same counts) has no hoisting, so every
+rotation is a key switch of its own:
+
+    key switch                  k inverse, k^2 forward (own prime skipped), 2 (1 + k)
+                                for dividing by P; k (k + 1) pairs
+    rescale                     2 (1 + l) transforms
+    product with a diagonal     4k passes, the addition included
+
+`native` decomposes once for rotations of one ciphertext and divides by P late:
+
+    baby steps of a map         k (k + 1) transforms for all (c1's k inverse and k^2 forward; or,
+                                where c1 is left in coefficient form, its own k forward instead
+                                of the inverse), then k (k + 1) pairs each
+    giant step                  (k + 1) inverse, k (k + 1) forward, k (k + 1) pairs
+    product with a diagonal     2 (k + 1) passes, modulo Q P
+    dividing by P and q_l       2 inverse + l forward for c0, l + 2 inverse for c1
+    fold group of m rotations   (l + 1) inverse, l (l + 1) forward, m l (l + 1) pairs: l primes are left
+    dividing by P after folds   2 (1 + l) transforms
+    square                      k inverse, k^2 forward, k (k + 1) pairs, and the division by P and q_l
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from blindtail.errors import ModelError
-from blindtail.he.spec import TailSpec
 
 if TYPE_CHECKING:
-    from blindtail.he.program import Op
+    from blindtail.he.operations import Op
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Operation counts of one step: key switches by what they are, transforms and limb passes."""
+    """Operation counts of one step, rescale included."""
 
     rotations: int
-    products: int
-    transforms: int
+    products: int  # with diagonals, or of a ciphertext with itself
+    transforms: int  # NTTs and inverses of one limb
+    key_pairs: int
     limb_passes: int
 
 
-def keyswitch_transforms(level: int) -> int:
-    k = level + 1
-    return k + k * k + 2 * (1 + k)
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Seconds on the reference core at N = 8192."""
+
+    transform_s: float
+    key_pair_s: float
+    limb_pass_s: float
+    request_s: float  # what a request costs besides: container, the input's seed, packing
 
 
-def rescale_transforms(level: int) -> int:
-    return 2 * (level + 1)
-
-
-def count(op: Op) -> Counts:
-    """Counts of one map or square, rescale included."""
-    from blindtail.he.program import MapOp
-
-    k = op.level + 1
-    if not isinstance(op, MapOp):
-        transforms = keyswitch_transforms(op.level) + rescale_transforms(op.level)
-        return Counts(0, 1, transforms, 3 * k + 2 * k * (k + 1))
-    steps = {divmod(offset, op.baby) for offset in op.diagonals}
-    babies = len({b for _, b in steps if b})
-    top = max((g for g, _ in steps), default=0)
-    before, after = babies + top, len(op.folds)
-    transforms = (
-        before * keyswitch_transforms(op.level)
-        + rescale_transforms(op.level)
-        + after * keyswitch_transforms(op.level - 1)
-    )
-    passes = len(steps) * 4 * k + before * 2 * k * (k + 1) + after * 2 * (k - 1) * k
-    return Counts(before + after, len(steps), transforms, passes)
-
-
-#: Seconds of one transform of N = 8192 and of one pass over a limb, by backend,
-#: and of everything else a request costs (container, keys' seeds, packing).
-#: Measured by `bench he` on the reference core; deployments correct them online.
-REFERENCE: dict[str, tuple[float, float, float]] = {
-    "seal": (85e-6, 14e-6, 6e-3),
-    "clear": (0.4e-6, 4e-6, 0.5e-3),
+#: `seal` and `clear` measured by `bench he` on the reference core; `native` by its kernels' benchmarks.
+#: Deployments correct them online.
+REFERENCE: dict[str, Reference] = {
+    "seal": Reference(85e-6, 28e-6, 14e-6, 6e-3),
+    "clear": Reference(0.4e-6, 8e-6, 4e-6, 0.5e-3),
+    "native": Reference(5.25e-6, 2.6e-6, 1.5e-6, 0.2e-3),
 }
 
 
-def seconds(backend: str, spec: TailSpec, steps: Sequence[Counts], request: bool = True) -> float:
+def count(op: Op, backend: str = "seal") -> Counts:
+    """Counts of one map or square on a backend."""
+    from blindtail.he.operations import MapOp
+
+    if not isinstance(op, MapOp):
+        return square(op.level, backend)
+    steps = {divmod(offset, op.baby) for offset in op.diagonals}
+    babies = len({b for _, b in steps if b})
+    giants = max((g for g, _ in steps), default=0)
+    return affine(op.level, babies, giants, len(steps), [len(group) for group in op.folds], backend)
+
+
+def affine(
+    level: int, babies: int, giants: int, products: int, groups: Sequence[int], backend: str = "seal"
+) -> Counts:
+    """Counts of a map: rotations by baby steps, giant steps, products, rotations in each fold group."""
+    k, left = level + 1, level
+    rotations = babies + giants + sum(groups)
+    pairs = (babies + giants) * k * (k + 1) + sum(groups) * left * (left + 1)
+    if backend != "native":
+        transforms = (babies + giants) * _keyswitch(k) + 2 * k + sum(groups) * _keyswitch(left)
+        return Counts(rotations, products, transforms, pairs, products * 4 * k)
+    transforms = (k * (k + 1) if babies else 0) + giants * (k + 1) ** 2 + _divide(level)
+    transforms += len(groups) * (left + 1) ** 2 + (2 * (1 + left) if groups else 0)
+    return Counts(rotations, products, transforms, pairs, products * 2 * (k + 1))
+
+
+def square(level: int, backend: str = "seal") -> Counts:
+    """Counts of a square, relinearised."""
+    k = level + 1
+    transforms = k + k * k + _divide(level) if backend == "native" else _keyswitch(k) + 2 * k
+    return Counts(0, 1, transforms, k * (k + 1), 3 * k)
+
+
+def _keyswitch(k: int) -> int:
+    return k + k * k + 2 * (1 + k)
+
+
+def _divide(level: int) -> int:
+    """By P and q_level at once; c1 stays in coefficient form."""
+    return (2 + level) + (level + 2)
+
+
+def seconds(backend: str, ring_degree: int, steps: Iterable[Counts], request: bool = True) -> float:
     """Predicted server seconds of `steps`, with what every request costs on top if `request`.
 
     Raises `ModelError` for an unknown backend.
     """
     if backend not in REFERENCE:
         raise ModelError(f"no cost model for backend {backend!r}; known: {', '.join(sorted(REFERENCE))}")
-    transform, limb, fixed = REFERENCE[backend]
-    n = spec.parameters.ring_degree
-    growth = n * math.log2(n) / (8192 * 13)
-    total = sum(c.transforms * transform * growth + c.limb_passes * limb * (n / 8192) for c in steps)
-    return total + (fixed * (n / 8192) if request else 0.0)
+    one, width = REFERENCE[backend], ring_degree / 8192
+    growth = width * math.log2(ring_degree) / 13
+    total = one.request_s * width if request else 0.0
+    for c in steps:
+        total += c.transforms * one.transform_s * growth
+        total += (c.key_pairs * one.key_pair_s + c.limb_passes * one.limb_pass_s) * width
+    return total

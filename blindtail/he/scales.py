@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from blindtail.errors import ModelError
 from blindtail.he import noise
 from blindtail.he.layers import Affine
+from blindtail.he.operations import landing_scale, leading_scale
 from blindtail.he.params import Parameters
-from blindtail.he.program import landing_scale, leading_scale
 from blindtail.he.spec import TailSpec
 
 #: q / HEADROOM bounds |value| * scale; half of q is the wrap.
 HEADROOM = 4.0
 #: The same for a tail that must keep an older one's output scale: up to a quarter larger logits.
 LIKE_HEADROOM = 3.2
+#: q_0 over this is the largest scale of logits, however small they are: SEAL takes none as large as q_0.
+LEAST_ROOM = 2.0
 _LOG_SCALES = [x / 2 for x in range(36, 81)]
 
 
@@ -43,7 +45,7 @@ class Stats:
     products: int
     baby_turns: int
     giant_turns: int
-    folds: int
+    folds: tuple[int, ...]  # rotations in each group
     copies: int  # positions that hold the same output
     max_out: float  # over slots, undefined ones too
     rms_out: float
@@ -56,7 +58,7 @@ def choose_scales(
 
     First and last are those of `like`, where it is given.
     """
-    final = parameters.primes[0] / (HEADROOM * max(stats[-1].max_out, 1e-12))
+    final = parameters.primes[0] / max(HEADROOM * stats[-1].max_out, LEAST_ROOM)
     scales = [2.0**30] * len(maps) + [final]
     if like is not None:
         largest = parameters.primes[0] / (LIKE_HEADROOM * like.reply.scale)
@@ -161,15 +163,19 @@ def propagate(stats: Sequence[Stats], scales: Sequence[float], parameters: Param
         scale = target
         if index == len(stats) - 1:
             # Folding merges copies, noise and all: averaging them afterwards gains
-            # only on what was added since. A sum over 2^r merged copies, averaged
-            # over `copies`, keeps 4^r / copies of a slot's variance.
-            later = [4.0**left for left in range(s.folds)]
-            variance = (variance * 4.0**s.folds + switch * sum(later) + noise.encoding(parameters)) / s.copies
-            peak = (peak * 4.0**s.folds + excess * sum(later)) / s.copies**2
+            # only on what was added since. A sum over r merged copies, averaged over
+            # `copies`, keeps r^2 / copies of a slot's variance.
+            # What group i adds, m rotations of one ciphertext, is merged by those after it.
+            merged, later = 1.0, 0.0
+            for m in reversed(s.folds):
+                later += m * merged**2
+                merged *= m + 1
+            variance = (variance * merged**2 + switch * later + noise.encoding(parameters)) / s.copies
+            peak = (peak * merged**2 + excess * later) / s.copies**2
             return Noise(variance, variance + peak)
         peak *= hits
-        for _ in range(s.folds):
-            variance, peak = 2 * variance + switch, peak + excess
+        for m in s.folds:
+            variance, peak = (m + 1) * variance + m * switch, peak + m * excess
         variance += noise.encoding(parameters)
         q = parameters.primes[level]
         gain = 4 * (s.rms_out * scale) ** 2

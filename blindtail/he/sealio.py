@@ -217,6 +217,14 @@ def parse_ciphertext(body: bytes, at: int = 0) -> tuple[SavedCiphertext, int]:
     return SavedCiphertext(data.reshape(primes, n), None, seed, scale, bool(ntt)), at + SEED_BYTES
 
 
+def parse_plaintext(body: bytes, primes: int) -> U64:
+    """The residues (primes, N) of an encoded plaintext that this process's SEAL saved, NTT form; a view."""
+    *_, coefficients, _, _, _, words = struct.unpack_from("<4QQd2QQ", body)
+    if words != coefficients or words % primes:
+        raise StateError("SEAL saved a plaintext of an unexpected length")
+    return np.frombuffer(body, "<u8", words, 72).astype(np.uint64, copy=False).reshape(primes, -1)
+
+
 def parse_keyswitch(body: bytes) -> dict[int, list[SavedCiphertext]]:
     """Relinearisation or Galois keys as SEAL saved them: index -> digits."""
     (entries,) = struct.unpack_from("<Q", body, 32)

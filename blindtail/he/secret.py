@@ -8,19 +8,22 @@ TenSEAL holds the GIL, so key generation belongs in a process of its own.
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from blindtail.errors import ContainerError, InputError
+from blindtail.errors import ContainerError, InputError, StateError
 from blindtail.he import container, sealio
 from blindtail.he.backends import write_atomically
 from blindtail.he.container import Seeded
 from blindtail.he.layers import FloatArray
 from blindtail.he.program import RELINEARISE
+from blindtail.he.sealio import U64
 from blindtail.he.spec import KeyNeed, TailSpec
 
 _FILE = struct.Struct("<8s32s32sQ")
@@ -116,6 +119,54 @@ def _evaluation_key(generator: Any, need: KeyNeed) -> list[Seeded]:
     return trimmed
 
 
+class Ticket:
+    """An encryption of zero, made ahead: it covers one message, added to its c0 later. Thread-safe.
+
+    seed  64 bytes that expand into c1. Public like any ciphertext's: it may be announced
+          before there is a message, and a cloud can do ahead what depends on c1 alone
+
+    *One* message: two under one ticket would tell their difference to everybody who
+    sees both. So c0 never leaves this object without a message, and after that one it
+    is gone, in whatever thread it was asked for first. A ticket is not pickled, not
+    copied and no good in another process; a file of it would be a second use in waiting.
+    """
+
+    __slots__ = ("_c0", "_lock", "_maker", "_process", "seed")
+
+    def __init__(self, seed: bytes, c0: U64, maker: object) -> None:
+        """c0: residues (primes, N) in NTT form, owned from now on; maker: who may use it."""
+        self.seed = seed
+        self._c0: U64 | None = c0
+        self._maker, self._process = maker, os.getpid()
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return "Ticket(...)"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a ticket does not leave its process; it is good for one message")
+
+    @property
+    def used(self) -> bool:
+        return self._c0 is None
+
+    def _cover(self, maker: object, message: U64, primes: U64) -> U64:
+        """c0 plus the message, by prime; the first call's alone. Raises `StateError`.
+
+        message: residues (primes, N) in NTT form, each below its prime; primes: (primes, 1).
+        """
+        if maker is not self._maker or os.getpid() != self._process:
+            raise StateError("this ticket is another key's or another process's; make one here")
+        with self._lock:
+            c0, self._c0 = self._c0, None
+        if c0 is None:
+            raise StateError("this ticket has covered a message; a second would reveal both: take another")
+        c0 += message
+        # Below twice the prime; without the subtraction's wrap-around it was below the prime.
+        np.minimum(c0, c0 - primes, out=c0)
+        return c0
+
+
 class Encryptor:
     """Activation -> container: layout, encoding, symmetric encryption, a fresh seed each time."""
 
@@ -127,12 +178,31 @@ class Encryptor:
         for q in spec.parameters.primes[: spec.input_level + 1]:
             modulus *= q
         self._limit = modulus / (_HEADROOM * spec.input_scale)
+        self._primes = np.array(spec.parameters.primes[: spec.input_level + 1], np.uint64)[:, None]
 
-    def encrypt(self, activation: FloatArray) -> bytes:
+    def ticket(self) -> Ticket:
+        """A ticket for one later `encrypt` by this very object: (input level + 1) * N * 8 bytes."""
+        parms_id = self._seal.parms_ids[self._spec.input_level]
+        saved = _seeded(self._encryptor.encrypt_zero_symmetric(parms_id))
+        return Ticket(saved.seed, saved.c0.copy(), self)
+
+    def encrypt(self, activation: FloatArray, ticket: Ticket | None = None) -> bytes:
         """(features,) or (lanes, features) -> `spec.uplink_bytes` bytes at the input level.
 
-        Raises `InputError` when a value is not finite or too large for the modulus.
+        ticket  one that this object made; its only use. The container is one like any other:
+                same format, same noise (one error polynomial and the encoding's rounding)
+
+        Raises `InputError` when a value is not finite or too large for the modulus, and
+        `StateError` for a ticket that was used or that another object made.
         """
+        plain = self._encoded(activation)
+        if ticket is None:
+            return container.write_ciphertext(self._spec, _seeded(self._encryptor.encrypt_symmetric(plain)))
+        message = sealio.parse_plaintext(sealio.saved_members(plain), len(self._primes))
+        c0 = ticket._cover(self, message, self._primes)
+        return container.write_ciphertext(self._spec, Seeded(c0, ticket.seed))
+
+    def _encoded(self, activation: FloatArray) -> Any:
         spec = self._spec
         values = np.asarray(activation, np.float64)
         if not np.isfinite(values).all() or float(np.abs(values).max(initial=0.0)) > self._limit:
@@ -144,9 +214,14 @@ class Encryptor:
         self._seal.encoder.encode(
             slots.tolist(), self._seal.parms_ids[spec.input_level], spec.input_scale, plain
         )
-        saved, _ = sealio.parse_ciphertext(sealio.saved_members(self._encryptor.encrypt_symmetric(plain)))
-        assert saved.seed is not None
-        return container.write_ciphertext(spec, Seeded(saved.c0, saved.seed))
+        return plain
+
+
+def _seeded(made: Any) -> Seeded:
+    """What SEAL has just encrypted under the secret key: c0 (a view) and the seed."""
+    saved, _ = sealio.parse_ciphertext(sealio.saved_members(made))
+    assert saved.seed is not None
+    return Seeded(saved.c0, saved.seed)
 
 
 class Decryptor:
@@ -182,4 +257,4 @@ class Decryptor:
         return out[0] if spec.lanes == 1 else out
 
 
-__all__ = ["Decryptor", "Encryptor", "SecretKey"]
+__all__ = ["Decryptor", "Encryptor", "SecretKey", "Ticket"]

@@ -15,26 +15,34 @@ which the next map's diagonals skip.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blindtail.errors import ModelError
+from blindtail.he.layers import FloatArray
+from blindtail.he.operations import Groups
 from blindtail.he.spec import GARBAGE, ZERO, Layout
 
 IntArray = NDArray[np.int32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Arrangement:
-    """How one map is laid out: see `blindtail.he.program.MapOp` for the fields."""
+    """How one map is laid out: see `blindtail.he.operations.MapOp` for the fields.
+
+    Folding by `fold_step`, 2 `fold_step`, ... finishes the sums, `fold_bits` times.
+    """
 
     kind: str  # "outer" or "inner"
     period: int  # positions after which finished outputs repeat (all of them for an inner sum)
     rows: IntArray
     offsets: int
-    folds: tuple[int, ...]
+    stride: int
+    fold_step: int
+    fold_bits: int
     out_layout: Layout
 
 
@@ -43,27 +51,86 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length() if n > 1 else 1
 
 
-def input_layout(size: int, rows: int, slots: int, lanes: int) -> Layout:
-    """The cut's layout for a first map of `rows` outputs by outer sum.
+def first_maps(
+    weight: FloatArray, slots: int, lanes: int, period: int | None = None
+) -> list[tuple[Layout, Arrangement]]:
+    """Ways to lay out the activation at the cut together with the first map, an outer sum.
 
-    Blocks of E >= `size` positions hold the activation; block j holds it rotated
-    by j * (offsets needed), so that one product does the work of `blocks`
-    diagonals. The edge applies any layout for free. Raises `ModelError` when the
-    activation does not fit the ciphertext.
+    weight  (out, in); `period` as for `outer`
+
+    The edge applies any layout for free. Raises `ModelError` when the activation
+    does not fit the ciphertext.
     """
+    rows, size = weight.shape
     positions = slots // lanes
-    element = power_of_two(size)
-    block = max(element, power_of_two(rows))
-    if block > positions:
-        what = "activation" if element > positions else "layer"
+    rounded = power_of_two(size)
+    width = max(rounded, period or power_of_two(rows))
+    if width > positions:
+        what = "activation" if rounded > positions else "layer"
         raise ModelError(
             f"the {what} at the cut has {max(size, rows)} elements, a ciphertext holds {positions} a lane: "
             "cut later, add a bottleneck, or use fewer lanes"
         )
-    shift = max(1, min(element, power_of_two(rows)) // (positions // block))
+    content = _spread(size, period or power_of_two(rows), positions)
+    layout = Layout(size, lanes, tuple(content.tolist()))
+    gathered = _gathered(weight, positions, lanes) if period is None else None
+    return [(layout, outer(layout, rows, period)), *([] if gathered is None else [gathered])]
+
+
+def _spread(size: int, period: int, positions: int) -> IntArray:
+    """A content in which row groups (runs of `period` positions) start at evenly spread elements.
+
+    With t copies, group j starts at j `period` / t on a circle of `positions` / t, so
+    that each row sees every element within ceil(`period` / t) offsets: where a
+    rotation leaves its run, the next run goes on as the run t groups on does.
+    """
+    copies = positions // size
     s = np.arange(positions)
-    index = (s % block + (s // block) * shift) % element
-    return Layout(size, lanes, tuple(np.where(index < size, index, ZERO).tolist()))
+    start = s // period * period + s % period * copies  # in units of 1 / copies of an element: exact
+    index = start % positions // copies
+    return np.where(index < size, index, ZERO).astype(np.int32)
+
+
+def _gathered(weight: FloatArray, positions: int, lanes: int) -> tuple[Layout, Arrangement] | None:
+    """Rows that read the same few elements, as channels of a convolution do, gather them.
+
+    One copy of those elements ("im2col") for each of `groups` sets of rows; within
+    them it is `outer`, with a stride of the groups' number. None where all rows
+    read the same elements, or where the copies do not fit.
+    """
+    if weight.all():
+        return None
+    sets, belongs = np.unique(weight != 0, axis=0, return_inverse=True)
+    belongs = belongs.reshape(-1)
+    if len(sets) < 2:
+        return None
+    groups, reads = power_of_two(len(sets)), int(sets.sum(axis=1).max())
+    members: list[IntArray] = [np.flatnonzero(belongs == i).astype(np.int32) for i in range(len(sets))]
+    members.sort(key=lambda rows: int(rows[0]))
+    each = power_of_two(max(len(rows) for rows in members))
+    if groups * max(power_of_two(reads), each) > positions:
+        return None
+    within = _spread(reads, each, positions // groups)
+    small = outer(Layout(reads, lanes, tuple(within.tolist())), each)
+    content = np.full((positions // groups, groups), ZERO, np.int32)
+    own = np.full((each, groups), ZERO, np.int32)
+    for g, rows in enumerate(members):
+        elements = np.flatnonzero(weight[rows[0]])
+        padded = np.full(reads + 1, ZERO, np.int32)  # the last stands for index -1
+        padded[: len(elements)] = elements
+        content[:, g] = padded[within]
+        own[: len(rows), g] = rows
+    repeated = np.tile(own.reshape(-1), positions // (each * groups))
+    return Layout(weight.shape[1], lanes, tuple(content.reshape(-1).tolist())), Arrangement(
+        "outer",
+        each * groups,
+        repeated,
+        small.offsets * groups,
+        groups,
+        each * groups,
+        small.fold_bits,
+        Layout(weight.shape[0], lanes, tuple(repeated.tolist())),
+    )
 
 
 def outer(in_layout: Layout, rows: int, period: int | None = None) -> Arrangement:
@@ -77,24 +144,27 @@ def outer(in_layout: Layout, rows: int, period: int | None = None) -> Arrangemen
     assigned = np.where(own < rows, own, -1).astype(np.int32)
     repeat = max(period, _content_period(content))
     offsets = _offsets_needed(content[:repeat], period, in_layout.size)
-    folds = tuple(period << i for i in range((repeat // period).bit_length() - 1))
+    bits = (repeat // period).bit_length() - 1
     out = Layout(rows, in_layout.lanes, tuple(np.where(own < rows, own, ZERO).tolist()))
-    return Arrangement("outer", period, assigned, offsets, folds, out)
+    return Arrangement("outer", period, assigned, offsets, 1, period, bits, out)
 
 
-def inner(in_layout: Layout, rows: int) -> Arrangement | None:
-    """Inner sum, or None where the input is not periodic or has too few copies."""
+def inner(in_layout: Layout, rows: int, share: int = 1) -> Arrangement | None:
+    """Inner sum, or None where the input is not periodic or has too few copies.
+
+    share  leaves all but one in `share` copies unused: more offsets, fewer folds
+    """
     content = in_layout.index
     positions = len(content)
     block = _content_period(content)
     blocks = positions // block
-    each = power_of_two(-(-rows // blocks))
+    each = power_of_two(-(-rows // blocks)) * share
     if (content[:block] == GARBAGE).any() or each > block or block == positions:
         return None
     s = np.arange(positions)
     row = (s // block) * each + s % each
     assigned = np.where(row < rows, row, -1).astype(np.int32)
-    folds = tuple(each << i for i in range((block // each).bit_length() - 1))
+    bits = (block // each).bit_length() - 1
     finished = s % block < each
     kept = np.where(row < rows, row, ZERO)
     # Rows beyond the last multiply by zero, so whole blocks of them stay zero.
@@ -103,7 +173,7 @@ def inner(in_layout: Layout, rows: int) -> Arrangement | None:
     # A block's unfinished positions reach into the next block when folded.
     out = np.where(~finished & empty & (np.roll(empty, -block) == 0), GARBAGE, out)
     return Arrangement(
-        "inner", positions, assigned, each, folds, Layout(rows, in_layout.lanes, tuple(out.tolist()))
+        "inner", positions, assigned, each, 1, each, bits, Layout(rows, in_layout.lanes, tuple(out.tolist()))
     )
 
 
@@ -129,7 +199,10 @@ def _offsets_needed(content: IntArray, period: int, size: int) -> int:
     raise ModelError("the layout does not hold every element of its vector")
 
 
-def baby_steps(offsets: int) -> int:
-    """Baby steps of a baby-step giant-step split: fewest rotations, then fewest keys."""
-    best = min((1 << i for i in range(offsets.bit_length())), key=lambda b: (b + -(-offsets // b), b))
-    return min(best, offsets)
+def fold_groups(step: int, bits: Sequence[int]) -> Groups:
+    """Groups that do the work of doubling steps `step`, 2 `step`, ...: bits[i] of them in group i."""
+    groups = []
+    for b in bits:
+        groups.append(tuple(step * i for i in range(1, 1 << b)))
+        step <<= b
+    return tuple(groups)

@@ -90,13 +90,13 @@ class Layout:
 
 
 def runs(values: tuple[int, ...]) -> list[list[int]]:
-    """Runs [start, step, count] with step 0 or 1: short JSON for regular layouts."""
+    """Runs [start, step, count] with step >= 0: short JSON for regular layouts."""
     found: list[list[int]] = []
     for value in values:
         if found:
             start, step, count = found[-1]
-            if count == 1 and value == start + 1 and start >= 0:
-                found[-1] = [start, 1, 2]
+            if count == 1 and value > start >= 0:
+                found[-1] = [start, value - start, 2]
                 continue
             if value == start + step * count:
                 found[-1][2] += 1
@@ -109,9 +109,9 @@ def expand_runs(listed: Any) -> tuple[int, ...]:
     """Inverse of `runs`. Raises `ModelError` beyond the largest ring's slots."""
     values: list[int] = []
     for start, step, count in listed:
-        if step not in (0, 1) or not 0 < count <= _MAX_POSITIONS - len(values):
+        if not 0 <= step <= _MAX_POSITIONS or not 0 < count <= _MAX_POSITIONS - len(values):
             raise ModelError("a run of a layout is malformed")
-        values.extend(range(start, start + count) if step else [start] * count)
+        values.extend(range(start, start + step * count, step) if step else [start] * count)
     return tuple(values)
 
 

@@ -30,6 +30,7 @@ class CloudMetrics(RoleMetrics):
         self._eval = families["blindtail_cloud_evaluation_seconds"]
         self._uploads = families["blindtail_cloud_key_uploads"]
         self._transfers = families["blindtail_cloud_key_transfers"]
+        self._tickets = families["blindtail_cloud_tickets"]
 
     def watch(
         self,
@@ -46,11 +47,13 @@ class CloudMetrics(RoleMetrics):
         draining: Callable[[], bool] | None = None,
         shares: Callable[[], Mapping[tuple[str, str], float]] | None = None,
         counters: Callable[[], Mapping[int, EvaluatorCounters]] | None = None,
+        ticket_bytes: Callable[[], Mapping[str, float]] | None = None,
     ) -> None:
         """Functions that are asked at each scrape; one that is left out leaves its metric absent.
 
-        shares    (model, version) -> share of the other versions' requests that it answers too
-        counters  evaluator's place -> its counters, of those that are up
+        shares        (model, version) -> share of the other versions' requests that it answers too
+        counters      evaluator's place -> its counters, of those that are up
+        ticket_bytes  model -> bytes of tickets that evaluators hold
         """
         given: dict[str, Callable[[], float] | None] = {
             "queue_depth": queue_depth,
@@ -69,6 +72,11 @@ class CloudMetrics(RoleMetrics):
                 self._lives[f"blindtail_cloud_{name}"].read_from(read)
         if shares is not None:
             self._lives["blindtail_cloud_model_share"].read_from(lambda: dict(shares().items()))
+        if ticket_bytes is not None:
+            held = ticket_bytes
+            self._lives["blindtail_cloud_ticket_bytes"].read_from(
+                lambda: {(model,): float(size) for model, size in held().items()}
+            )
         if counters is not None:
             for field in EvaluatorCounters._fields:
                 live = self._lives[f"blindtail_cloud_evaluator_{field}"]
@@ -90,6 +98,10 @@ class CloudMetrics(RoleMetrics):
     def uploaded(self, outcome: str) -> None:
         """An edge's upload of keys: "ok" or an error's class."""
         self._uploads.at(outcome).inc()
+
+    def tickets(self, model: str, event: str, number: int = 1) -> None:
+        """Seeds "announced", tickets "made"; and what became of seeds: "used", "missed", "dropped"."""
+        self._tickets.at(model, event).inc(number)
 
     def key_transfer(self, direction: str, outcome: str) -> None:
         """A key set "fetched" from or "given" to another cell: "ok" or an error's class."""

@@ -48,6 +48,9 @@ VERSION = Label("version", cap=32)
 ROUTE = Label("route", cap=ROUTES)
 OUTCOME = Label("outcome", OUTCOMES)
 REASON = Label("reason", FALLBACKS)
+#: Of a seed: it was announced, its ticket was made; a ticket answered, its request went the normal
+#: way, or no request came in time.
+TICKET = Label("event", ("announced", "made", "used", "missed", "dropped"))
 ACK = Label("outcome", ("applied", "refused"))
 #: The evaluator's place in its cell; a cell is configured with at most 1024.
 EVALUATOR = Label("evaluator", cap=1024)
@@ -184,6 +187,23 @@ TABLE: tuple[Metric, ...] = (
         "Key sets fetched from and given to other cells, by outcome.",
         "1",
         (Label("direction", ("fetched", "given")), OUTCOME),
+    ),
+    Metric(
+        _CELL,
+        "blindtail_cloud_tickets",
+        "counter",
+        "Seeds that clients announced, tickets made of them ahead of requests, and how each seed ended.",
+        "1",
+        (MODEL, TICKET),
+    ),
+    Metric(
+        _CELL,
+        "blindtail_cloud_ticket_bytes",
+        "gauge",
+        "Tickets in evaluators' memory (bounded by tickets.budget_bytes).",
+        "bytes",
+        (MODEL,),
+        live=True,
     ),
     Metric(_CELL, "blindtail_cloud_queue_depth", "gauge", "Requests that wait.", "1", live=True),
     Metric(

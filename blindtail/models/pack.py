@@ -73,7 +73,7 @@ def pack(
         # What an edge assumes of the cloud before it has measured anything.
         "metrics": {
             **metrics,
-            "predicted_eval_s": {str(cut): p.predicted_s("seal") for cut, p in programs.items()},
+            "predicted_eval_s": {str(cut): p.predicted_s("native") for cut, p in programs.items()},
         },
     }
     if version is None:

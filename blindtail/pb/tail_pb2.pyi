@@ -101,17 +101,35 @@ class EvaluateRequest(_message.Message):
     def __init__(self, session: _Optional[bytes] = ..., request_id: _Optional[bytes] = ..., attempt: _Optional[int] = ..., remaining_s: _Optional[float] = ..., container: _Optional[bytes] = ...) -> None: ...
 
 class EvaluateReply(_message.Message):
-    __slots__ = ("container", "queue_s", "eval_s", "evaluator", "draining", "version")
+    __slots__ = ("container", "queue_s", "eval_s", "evaluator", "draining", "version", "ticket")
     CONTAINER_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     EVAL_S_FIELD_NUMBER: _ClassVar[int]
     EVALUATOR_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     container: bytes
     queue_s: float
     eval_s: float
     evaluator: str
     draining: bool
     version: str
-    def __init__(self, container: _Optional[bytes] = ..., queue_s: _Optional[float] = ..., eval_s: _Optional[float] = ..., evaluator: _Optional[str] = ..., draining: _Optional[bool] = ..., version: _Optional[str] = ...) -> None: ...
+    ticket: bool
+    def __init__(self, container: _Optional[bytes] = ..., queue_s: _Optional[float] = ..., eval_s: _Optional[float] = ..., evaluator: _Optional[str] = ..., draining: _Optional[bool] = ..., version: _Optional[str] = ..., ticket: _Optional[bool] = ...) -> None: ...
+
+class TicketsRequest(_message.Message):
+    __slots__ = ("session", "seeds")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    SEEDS_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    seeds: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, session: _Optional[bytes] = ..., seeds: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class TicketsReply(_message.Message):
+    __slots__ = ("accepted", "capacity")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_FIELD_NUMBER: _ClassVar[int]
+    accepted: int
+    capacity: int
+    def __init__(self, accepted: _Optional[int] = ..., capacity: _Optional[int] = ...) -> None: ...

@@ -57,6 +57,11 @@ class TailStub:
                 request_serializer=blindtail_dot_pb_dot_tail__pb2.EvaluateRequest.SerializeToString,
                 response_deserializer=blindtail_dot_pb_dot_tail__pb2.EvaluateReply.FromString,
                 _registered_method=True)
+        self.Tickets = channel.unary_unary(
+                '/blindtail.v1.Tail/Tickets',
+                request_serializer=blindtail_dot_pb_dot_tail__pb2.TicketsRequest.SerializeToString,
+                response_deserializer=blindtail_dot_pb_dot_tail__pb2.TicketsReply.FromString,
+                _registered_method=True)
 
 
 class TailServicer:
@@ -94,6 +99,14 @@ class TailServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tickets(self, request, context):
+        """Names seeds that activations will come with, so that the cell can do ahead
+        what depends on a seed alone. Nothing but the time of a reply depends on it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TailServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -116,6 +129,11 @@ def add_TailServicer_to_server(servicer, server):
                     servicer.Evaluate,
                     request_deserializer=blindtail_dot_pb_dot_tail__pb2.EvaluateRequest.FromString,
                     response_serializer=blindtail_dot_pb_dot_tail__pb2.EvaluateReply.SerializeToString,
+            ),
+            'Tickets': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tickets,
+                    request_deserializer=blindtail_dot_pb_dot_tail__pb2.TicketsRequest.FromString,
+                    response_serializer=blindtail_dot_pb_dot_tail__pb2.TicketsReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -229,6 +247,33 @@ class Tail:
             '/blindtail.v1.Tail/Evaluate',
             blindtail_dot_pb_dot_tail__pb2.EvaluateRequest.SerializeToString,
             blindtail_dot_pb_dot_tail__pb2.EvaluateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tickets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/blindtail.v1.Tail/Tickets',
+            blindtail_dot_pb_dot_tail__pb2.TicketsRequest.SerializeToString,
+            blindtail_dot_pb_dot_tail__pb2.TicketsReply.FromString,
             options,
             channel_credentials,
             insecure,

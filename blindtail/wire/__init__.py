@@ -19,10 +19,12 @@ from blindtail.wire.checks import (
     OVERHEAD_BYTES,
     REPLY_BYTES,
     REQUEST_ID_BYTES,
+    SEED_BYTES,
     SESSION_BYTES,
     SHA256_BYTES,
 )
 from blindtail.wire.tail import (
+    MOST_SEEDS,
     SERVICE,
     EvaluateCall,
     EvaluateResult,
@@ -33,14 +35,18 @@ from blindtail.wire.tail import (
     KeyStatusCall,
     RegisterCall,
     RegisterResult,
+    TicketOffer,
+    TicketsTaken,
 )
 
 __all__ = [
     "CHUNK_BYTES",
     "CONTROL_BYTES",
+    "MOST_SEEDS",
     "OVERHEAD_BYTES",
     "REPLY_BYTES",
     "REQUEST_ID_BYTES",
+    "SEED_BYTES",
     "SERVICE",
     "SESSION_BYTES",
     "SHA256_BYTES",
@@ -53,4 +59,6 @@ __all__ = [
     "KeyStatusCall",
     "RegisterCall",
     "RegisterResult",
+    "TicketOffer",
+    "TicketsTaken",
 ]

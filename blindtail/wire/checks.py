@@ -12,6 +12,8 @@ from blindtail.errors import ContainerError
 
 #: Bytes of a session, of a request id, and of a key container's hash.
 SESSION_BYTES, REQUEST_ID_BYTES, SHA256_BYTES = 16, 16, 32
+#: Bytes of the seed that an encrypted activation starts with.
+SEED_BYTES = 64
 #: Most bytes of `data` in one chunk of an upload.
 CHUNK_BYTES = 256 * 1024
 #: Room for a message's fields other than a container or a chunk's data.

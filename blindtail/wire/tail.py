@@ -5,6 +5,7 @@ service blindtail.v1.Tail
   KeyStatus   KeyStatusCall      -> KeyStatus
   UploadKeys  KeyChunk ...       -> KeyStatus
   Evaluate    EvaluateCall       -> EvaluateResult
+  Tickets     TicketOffer        -> TicketsTaken
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from blindtail.wire.checks import (
     OVERHEAD_BYTES,
     REPLY_BYTES,
     REQUEST_ID_BYTES,
+    SEED_BYTES,
     SESSION_BYTES,
     SHA256_BYTES,
     TEXT_CHARS,
@@ -37,6 +39,9 @@ SERVICE = str(pb.DESCRIPTOR.services_by_name["Tail"].full_name)
 
 #: Most other cells that a reply to Register names.
 MOST_OTHERS = 8
+#: Most seeds in one call of Tickets.
+MOST_SEEDS = 64
+_OFFER_BYTES = MOST_SEEDS * (SEED_BYTES + 8) + OVERHEAD_BYTES
 
 
 class KeyState(Enum):
@@ -267,7 +272,8 @@ class EvaluateResult:
     """Encrypted logits, and the time they took on the cloud's own clock.
 
     `version` of the model answered (a canary's may differ from the edge's own). A
-    cell that is `draining` still answers, but wants its sessions to move.
+    cell that is `draining` still answers, but wants its sessions to move. `ticket`:
+    what the cell had done ahead for this activation's seed was used.
     """
 
     container: bytes
@@ -276,6 +282,7 @@ class EvaluateResult:
     evaluator: str = ""
     draining: bool = False
     version: str = ""
+    ticket: bool = False
 
     def __post_init__(self) -> None:
         seconds(self.queue_s, "queue_s")
@@ -292,12 +299,61 @@ class EvaluateResult:
             evaluator=self.evaluator,
             draining=self.draining,
             version=self.version,
+            ticket=self.ticket,
         )
 
     @classmethod
     def decode(cls, data: bytes, container_bytes: int = REPLY_BYTES) -> EvaluateResult:
         m = parse(pb.EvaluateReply(), data, container_bytes + OVERHEAD_BYTES)
-        return cls(m.container, m.queue_s, m.eval_s, m.evaluator, m.draining, m.version)
+        return cls(m.container, m.queue_s, m.eval_s, m.evaluator, m.draining, m.version, m.ticket)
+
+
+@dataclass(frozen=True, slots=True)
+class TicketOffer:
+    """Seeds (64 bytes each, at most `MOST_SEEDS`, the one to be used first in front) that this
+    session's activations will come with."""
+
+    session: bytes
+    seeds: tuple[bytes, ...]
+
+    def __post_init__(self) -> None:
+        length(self.session, SESSION_BYTES, "session")
+        if len(self.seeds) > MOST_SEEDS:
+            raise ContainerError(f"{len(self.seeds)} seeds are named; at most {MOST_SEEDS} are accepted")
+        for seed in self.seeds:
+            length(seed, SEED_BYTES, "a seed")
+
+    def encode(self) -> bytes:
+        return build(pb.TicketsRequest, session=self.session, seeds=self.seeds)
+
+    @classmethod
+    def decode(cls, data: bytes) -> TicketOffer:
+        m = parse(pb.TicketsRequest(), data, _OFFER_BYTES)
+        return cls(m.session, tuple(m.seeds))
+
+
+@dataclass(frozen=True, slots=True)
+class TicketsTaken:
+    """The first `accepted` seeds of an offer are taken. `capacity`: how many this client may have
+    at the cell at once; 0 = the cell does nothing ahead."""
+
+    accepted: int
+    capacity: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("accepted", self.accepted), ("capacity", self.capacity)):
+            if value < 0:
+                raise ContainerError(f"{name} is a number from 0 on, not {value}")
+        if self.accepted > MOST_SEEDS:
+            raise ContainerError(f"{self.accepted} seeds are accepted, of at most {MOST_SEEDS} in an offer")
+
+    def encode(self) -> bytes:
+        return build(pb.TicketsReply, accepted=self.accepted, capacity=self.capacity)
+
+    @classmethod
+    def decode(cls, data: bytes) -> TicketsTaken:
+        m = parse(pb.TicketsReply(), data, CONTROL_BYTES)
+        return cls(m.accepted, m.capacity)
 
 
 def _state(number: int) -> KeyState:

@@ -22,8 +22,11 @@ SETTINGS = REPOSITORY / "deploy" / "kubernetes" / "base" / "settings"
 CACHE = REPOSITORY / ".tools" / "roots"
 ZOO = "blindtail/models/zoo/fashion"
 #: Programs that must not be in an image, and modules that must not be importable in any.
-_NO_PROGRAMS = ("gcc", "cc", "g++", "make", "pip", "pip3", "git", "curl", "wget")
-_NO_MODULES = ("torch", "pip", "pytest")
+_NO_PROGRAMS = (
+    *("gcc", "cc", "g++", "c++", "ld", "make", "cmake", "ninja"),
+    *("pip", "pip3", "git", "curl", "wget"),
+)
+_NO_MODULES = ("torch", "pip", "pytest", "setuptools", "cmake", "ninja", "nanobind", "scikit_build_core")
 
 _SERVE = """
 set -u
@@ -147,6 +150,7 @@ def _contents(case: Case, root: Root) -> None:
         raise StepFailed(
             f"user {identity}; modules that are there or missing against the rules: {sorted(wrong)}"
         )
+    root.run(["python", "-c", "import blindtail.he._native"])
     there = root.run(
         ["sh", "-c", f"for p in {' '.join(_NO_PROGRAMS)}; do command -v $p || true; done"]
     ).split()
@@ -157,7 +161,7 @@ def _contents(case: Case, root: Root) -> None:
         raise StepFailed(
             f"programs that have no place here: {there}; writable for the user: {writable.split()}"
         )
-    print(f"  {version} as user {identity}, root read-only; no compiler, no pip, no torch")
+    print(f"  {version} as user {identity}, root read-only; native code; no compiler, no pip, no torch")
 
 
 def _volume(work: Path, root: Root) -> Path:

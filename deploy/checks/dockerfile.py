@@ -19,7 +19,11 @@ FIRST_USER_ID = 1000
 _SECRET = re.compile(
     r"(?i)(password|passwd|secret|token|api_?key|private_?key)\s*=\s*\S|BEGIN [A-Z ]*PRIVATE KEY"
 )
-_DEVELOPMENT = re.compile(r"\b(gcc|g\+\+|clang|cmake|make|build-essential|python3-dev|git|curl|wget)\b")
+#: What a build stage may install and the final stage may not.
+_BUILD = re.compile(
+    r"(?<![\w+-])(gcc|g\+\+|clang|cmake|ninja-build|make|build-essential|(?:lib)?python3-dev)(?![\w+-])"
+)
+_ELSEWHERE = re.compile(r"(?<![\w+-])(git|curl|wget)(?![\w+-])")
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ def _instruction_problems(instruction: Instruction) -> list[str]:
             if "apt-get install" in command:
                 if "--no-install-recommends" not in command:
                     found.append("apt-get install brings recommended packages: add --no-install-recommends")
-                if tools := _DEVELOPMENT.findall(command):
+                if tools := _ELSEWHERE.findall(command):
                     found.append(f"{', '.join(sorted(set(tools)))} has no place in these images")
         if "apt-get update" in value and "rm -rf /var/lib/apt/lists" not in value:
             found.append("apt's package lists stay in the layer: remove /var/lib/apt/lists/*")
@@ -157,6 +161,9 @@ def _final_problems(final: Stage) -> list[str]:
         found.append(f"the final stage runs as {uid}: give USER a fixed number of {FIRST_USER_ID} or more")
     elif user and any(i.name == "RUN" for i in final.instructions[final.instructions.index(user) :]):
         found.append("RUN after USER: what it writes belongs to the user who will run")
+    for run in final.all("RUN"):
+        if "apt-get install" in run.value and (tools := sorted(set(_BUILD.findall(run.value)))):
+            found.append(f"line {run.line}: {', '.join(tools)} belongs into the build stage")
     if not any(i.flags.get("from") for i in final.all("COPY")):
         found.append("the final stage copies nothing from a build stage: it would carry pip and the sources")
     for name in ("ENTRYPOINT", "CMD", "HEALTHCHECK"):

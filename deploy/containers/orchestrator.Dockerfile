@@ -2,29 +2,35 @@
 #
 #   docker build -f deploy/containers/orchestrator.Dockerfile -t blindtail-orchestrator:0.1.0 .
 #
-# Two stages: the first installs from the constraints into a virtual environment, the second copies it.
-# Nothing is compiled; no compiler, no pip and no source tree is in the final image. For a registry of your
-# own, append the digest that you have checked: debian:12.11-slim@sha256:...
+# Two stages: the first makes a wheel of this source tree, native code included, and installs it from the
+# constraints into a virtual environment; the second copies that environment. No compiler, no build tool, no
+# pip and no source tree is in the final image, and what was compiled asks the processor at run time what it
+# can do. For a registry of your own, append the digest that you have checked: debian:12.11-slim@sha256:...
 
 FROM debian:12.11-slim AS build
 RUN apt-get update \
- && apt-get install -y --no-install-recommends ca-certificates python3 python3-venv \
+ && apt-get install -y --no-install-recommends ca-certificates g++ libpython3-dev python3 python3-venv \
  && rm -rf /var/lib/apt/lists/*
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
 WORKDIR /src
 COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY native native
 COPY blindtail blindtail
 COPY edge edge
 COPY cloud cloud
 COPY orchestrator orchestrator
+# BLINDTAIL_NATIVE: without it, code that does not compile would be left out instead of ending the build.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    python3 -m venv /opt/tools \
+ && /opt/tools/bin/pip install -c constraints.txt cmake nanobind ninja scikit-build-core \
+ && BLINDTAIL_NATIVE=required /opt/tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /opt/wheels .
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv /opt/blindtail \
- && /opt/blindtail/bin/pip install -c constraints.txt setuptools \
- && /opt/blindtail/bin/pip install -c constraints.txt --no-build-isolation .
+ && /opt/blindtail/bin/pip install -c constraints.txt /opt/wheels/blindtail-*.whl
 # What only this image needs: the layer above is the same for all three.
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/blindtail/bin/pip install -c constraints.txt --no-build-isolation ".[certs]" \
- && /opt/blindtail/bin/pip uninstall -y pip
+    /opt/blindtail/bin/pip install -c constraints.txt "$(echo /opt/wheels/blindtail-*.whl)[certs]" \
+ && /opt/blindtail/bin/pip uninstall -y setuptools pip
 
 FROM debian:12.11-slim
 RUN apt-get update \

@@ -13,10 +13,14 @@ from numpy.typing import NDArray
 from blindtail.errors import ConfigError, ContainerError, KeysMissing
 from blindtail.he.backends import Evaluator, Keys, open_evaluator
 from blindtail.he.clear import ClearDecryptor, ClearEncryptor, write_clear_keys
+from blindtail.he.native_backend import available
 from blindtail.he.secret import Decryptor, Encryptor, SecretKey
 from tests.he_cases import CASES, Case, activations, clear_logits, program
 
 FloatArray = NDArray[np.float64]
+
+#: Those that were built here; what a checkout's own tests run on must have `native`.
+BACKENDS = ("clear", "seal", *(["native"] if available() else []))
 
 
 class _Encryptor(Protocol):
@@ -63,7 +67,7 @@ def _bench(backend: str, case: Case, folder: Path) -> Bench:
 
 
 @pytest.fixture(
-    scope="module", params=[(b, c) for b in ("clear", "seal") for c in CASES], ids=lambda p: f"{p[0]}-{p[1]}"
+    scope="module", params=[(b, c) for b in BACKENDS for c in CASES], ids=lambda p: f"{p[0]}-{p[1]}"
 )
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     backend, case = request.param

@@ -7,10 +7,14 @@ exponential, so the mean over c copies has a squared coefficient of variation of
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from bench.tails import Client
+from bench.tails import Client, random_layers
+from blindtail.he.compiler import compile_tail
+from blindtail.he.layers import Affine, evaluate_clear, squares_only
 from tests.he_cases import Case, activations, program, rewritten_logits
 
 
@@ -42,3 +46,21 @@ def test_variance_differs_between_slots_as_the_secret_does(
     assert low <= (spread - sampling) / (1 + sampling) <= high
     within = (errors - errors.mean(axis=0)) / errors.std(axis=0, ddof=1)
     assert 2.6 < (within**4).mean() / (within**2).mean() ** 2 < 3.2  # one slot's errors are normal
+
+
+def test_logits_much_smaller_than_one_keep_their_bound() -> None:
+    """A scale that grows as logits shrink would pass q_0, which SEAL refuses."""
+    *rest, last = random_layers((64, 32, 10))
+    assert isinstance(last, Affine)
+    small = [*rest, replace(last, weight=last.weight / 1000, bias=last.bias / 1000)]
+    x = activations(Case((64, 32, 10)), 4)
+    compiled = compile_tail(small, x)
+    want = evaluate_clear(squares_only(small), x)
+    assert np.abs(want).max() < 0.05
+    assert compiled.spec.reply.scale < compiled.spec.parameters.primes[0]
+    client = Client.of(compiled)
+    for values, logits in zip(x, want, strict=True):
+        got = client.decryptor.decrypt(
+            client.evaluator.evaluate(client.keys, client.encryptor.encrypt(values))
+        )
+        assert (np.abs(got - logits) <= compiled.error_bounds().ravel()).all()

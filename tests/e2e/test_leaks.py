@@ -1,10 +1,11 @@
 """No secret crosses: every byte of a recorded run is searched for what must stay where it is.
 
 A real cell and a real edge talk through a link that records both directions: keys are
-made and uploaded, images are offloaded with encryption, replies come back. Another
+made and uploaded, tickets announced, images offloaded with encryption, replies come back. Another
 link records what the edge and its orchestrator say to each other. The scanner
-(`leakscan`) then looks for the secret key, activations, decrypted logits, confidences and
-the tail's weights in every form, and finds all of them where they were planted.
+(`leakscan`) then looks for the secret key, activations, decrypted logits, confidences, what tickets
+would cover messages with, and the tail's weights in every form, and finds all of them where they
+were planted.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import pytest
 
 from blindtail.he import sealio
 from blindtail.he.program import MapOp
-from blindtail.he.secret import SecretKey
+from blindtail.he.secret import SecretKey, Ticket
 from blindtail.link import ShapedLink
 from cloud.local import LocalCell
 from edge.pair import ModelPair
 from edge.runtime import EdgeRuntime
+from edge.session import RemoteTail
 from edge.verify import read_images
 from orchestrator.config import OrchestratorConfig
 from orchestrator.local import LocalOrchestrator
@@ -41,6 +43,7 @@ class Recording:
     control: bytes  # both directions
     forms: list[Form]
     uploads: int
+    seeds: tuple[bytes, ...]  # of tickets that were announced, used or not
 
 
 def _secret_forms(pair: ModelPair, path: Path) -> list[Form]:
@@ -134,6 +137,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     ):
         assert edge.wait_ready(120), edge.status()
         assert edge.wait_attached(30)
+        seeds, masks = _tickets(edge)
         answers = [edge.infer(image) for image in pixels]
         end_s = time.monotonic() + 30
         while sum(c.total for c in operator.usage() if c.kind == "route") < IMAGES:
@@ -144,6 +148,8 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     head = pair.run_head(pixels)
     spec = pair.spec
     forms = _secret_forms(pair, secret) + _weight_forms(pair)
+    for i, mask in enumerate(masks):
+        forms += residue_forms(f"c0 of a ticket {i}", mask, spec.parameters.primes[0].bit_length())
     for i in range(IMAGES):
         forms += float_forms(f"activation {i}", head.activations[i])
         slots = spec.input_layout.place(head.activations[i])
@@ -161,7 +167,25 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
         return b"".join(p.read_bytes() for p in sorted((folder / link).glob(f"*.{way}")))
 
     said = read("up", "control") + read("down", "control")
-    return Recording(pair, read("up"), read("down"), said, forms, len(answers))
+    return Recording(pair, read("up"), read("down"), said, forms, len(answers), seeds)
+
+
+def _tickets(edge: EdgeRuntime) -> tuple[tuple[bytes, ...], list[np.ndarray]]:
+    """Seeds and c0 (modulo the first and the last prime) of the tickets at hand, before any is used.
+
+    Under a message c0 is sent; alone it never is, neither before nor after.
+    """
+    (tail,) = edge._tails.values()
+    assert isinstance(tail, RemoteTail)
+    end_s = time.monotonic() + 30
+    while tail.tickets < 4:
+        assert time.monotonic() < end_s, "no ticket was announced"
+        time.sleep(0.01)
+    held = [ticket for ticket in tail._book._announced if isinstance(ticket, Ticket)]
+    assert len(held) == 4
+    return tuple(t.seed for t in held), [
+        t._c0[row].copy() for t in held for row in (0, -1) if t._c0 is not None
+    ]
 
 
 def _plaintext_forms(pair: ModelPair, name: str, activation: np.ndarray) -> list[Form]:
@@ -185,6 +209,10 @@ def test_the_recording_is_whole(recording: Recording) -> None:
     spec = recording.pair.spec
     assert len(recording.up) > spec.key_bytes + recording.uploads * spec.uplink_bytes
     assert len(recording.down) > recording.uploads * spec.reply_bytes
+    # Tickets were announced, and some of them used: their seeds went up once more, with a message.
+    sent = [recording.up.count(seed) for seed in recording.seeds]
+    assert min(sent) >= 1
+    assert sum(sent) > len(sent)
     # The reports are there: their route, and the name of the learned step.
     assert b"tail" in recording.control
     assert b"offload1" in recording.control

@@ -27,7 +27,7 @@ from blindtail.errors import (
 from blindtail.rpc import INSECURE_LOOPBACK, ClientTls, TailStub, secure_channel
 from blindtail.wire import EvaluateCall, KeyState, KeyStatusCall
 from cloud.config import CloudConfig, KeyLimits, QueueLimits, TlsFiles
-from cloud.evaluators import LocalMember, LocalPool, Member, Work
+from cloud.evaluators import Evaluated, LocalMember, LocalPool, Member, Work
 from cloud.local import LocalCell
 from cloud.registry import Registry
 from tests.certificates import certificates
@@ -52,7 +52,7 @@ class SlowMember(LocalMember):
     gate = threading.Event()
     ran = 0
 
-    async def evaluate(self, work: Work) -> tuple[bytes, float]:
+    async def evaluate(self, work: Work) -> Evaluated:
         import asyncio
 
         type(self).ran += 1

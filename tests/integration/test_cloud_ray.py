@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import numpy as np
 import pytest
 
 from blindtail.errors import BlindtailError, EvaluationFailed, SessionLost, TailError, TailUnavailable
-from blindtail.wire import EvaluateResult, KeyState
+from blindtail.he.native_backend import available
+from blindtail.wire import EvaluateResult, KeyState, TicketsTaken
 from tests.cell_process import Running, alive, all_gone, descendants, launch, until_ready, wait_for
-from tests.cloud_cases import Client, activation, expected
+from tests.cloud_cases import Client, activation, expected, program
+from tests.ticket_cases import Device, offer
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.timeout(180)
@@ -309,3 +312,37 @@ def test_errors_cross_the_actors_as_what_they_are() -> None:
         raise_outcome(error_outcome(ValueError("internals")))
     raise_outcome(("ok", 1))
     assert issubclass(TailError, BlindtailError)
+
+
+@pytest.mark.skipif(not available(), reason="tickets are the native backend's, and it was not built")
+def test_tickets_across_processes_and_a_crash(tmp_path: Path) -> None:
+    device = Device.of(program(), tmp_path)
+    running = launch(tmp_path / "cell", "--evaluators", "1", "--backend", "native")
+    try:
+        assert until_ready(running)["backend"] == "native"
+        client = device.client(running.read()["address"])
+        assert client.upload_and_wait() is KeyState.READY
+        session = client.register().session
+        containers = device.containers(6)
+        want = [client.evaluate(session, container=c).container for c in containers]
+
+        assert offer(client, session, containers[:2]) == TicketsTaken(2, 16)
+        time.sleep(1.0)  # each takes milliseconds
+        got = [client.evaluate(session, container=c) for c in containers[:3]]
+        assert [reply.container for reply in got] == want[:3]
+        assert [reply.ticket for reply in got] == [True, True, False]
+        again = client.evaluate(session, container=containers[0])
+        assert (again.container, again.ticket) == (want[0], False)
+
+        assert offer(client, session, containers[3:]).accepted == 3
+        time.sleep(1.0)
+        os.kill(running.read()["evaluators"][0]["pid"], signal.SIGKILL)
+        got = [persistent(partial(client.evaluate, session, container=c)) for c in containers[3:5]]
+        assert [reply.container for reply in got] == want[3:5]
+        assert not any(reply.ticket for reply in got)
+        (fresh,) = device.containers(1)
+        assert offer(client, session, [fresh]).accepted == 1
+        time.sleep(1.0)
+        assert client.evaluate(session, container=fresh).ticket
+    finally:
+        running.stop()

@@ -25,7 +25,7 @@ from blindtail.errors import (
 from blindtail.rpc import INSECURE_LOOPBACK, TailStub, secure_channel
 from blindtail.wire import KeyState
 from blindtail.wire.cell import MODELS, DropCall, ModelChunk, ModelEntry, ModelHeader
-from cloud.evaluators import LocalMember, LocalPool, Member, Work
+from cloud.evaluators import Evaluated, LocalMember, LocalPool, Member, Work
 from cloud.local import LocalCell
 from cloud.operator_client import OperatorClient
 from cloud.registry import Registry
@@ -185,7 +185,7 @@ class GatedMember(LocalMember):
 
     gate = threading.Event()
 
-    async def evaluate(self, work: Work) -> tuple[bytes, float]:
+    async def evaluate(self, work: Work) -> Evaluated:
         import asyncio
 
         await asyncio.to_thread(type(self).gate.wait, 20)

@@ -146,7 +146,7 @@ def test_the_engine_keeps_keys_and_notices_that_they_are_gone(tmp_path: Path) ->
     container = ClearEncryptor(tail.spec).encrypt(activation())
     for path in paths:
         evaluator.prepare_keys(tmp_path / "source", path)
-        reply, seconds = engine.evaluate(tail.spec.program_id, str(path), container)
+        reply, seconds, _ = engine.evaluate(tail.spec.program_id, str(path), container)
         assert seconds > 0
     paths[0].unlink()
     with pytest.raises(KeysMissing):

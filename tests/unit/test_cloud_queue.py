@@ -17,7 +17,7 @@ from blindtail.errors import (
 )
 from blindtail.wire import EvaluateResult
 from cloud.config import QueueLimits
-from cloud.evaluators import EvaluatorCrashed, EvaluatorGone, Member, Pool, Work
+from cloud.evaluators import Evaluated, EvaluatorCrashed, EvaluatorGone, Member, Pool, Work
 from cloud.queue import Predictor, Queue
 from cloud.requests import Requests
 
@@ -37,16 +37,16 @@ class Hand:
 
     def __init__(self, name: str) -> None:
         self.name, self.pid = name, 1
-        self.waiting: list[tuple[Work, asyncio.Future[tuple[bytes, float]]]] = []
+        self.waiting: list[tuple[Work, asyncio.Future[Evaluated]]] = []
 
-    async def evaluate(self, work: Work) -> tuple[bytes, float]:
-        future: asyncio.Future[tuple[bytes, float]] = asyncio.get_running_loop().create_future()
+    async def evaluate(self, work: Work) -> Evaluated:
+        future: asyncio.Future[Evaluated] = asyncio.get_running_loop().create_future()
         self.waiting.append((work, future))
         return await future
 
-    async def answer(self, eval_s: float = 0.01) -> bytes:
+    async def answer(self, eval_s: float = 0.01, *, ticket: bool = False) -> bytes:
         work, future = self.waiting.pop(0)
-        future.set_result((work.container + b"!", eval_s))
+        future.set_result(Evaluated(work.container + b"!", eval_s, ticket))
         await settle()
         return work.container
 
@@ -75,8 +75,8 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-def work(tag: str, program: str = "p") -> Work:
-    return Work(program, Path("keys"), tag.encode())
+def work(tag: str, program: str = "p", holder: str = "") -> Work:
+    return Work(program, Path("keys"), tag.encode(), holder=holder)
 
 
 def run(
@@ -429,5 +429,93 @@ def test_remembered_ids_and_results_are_bounded() -> None:
             await settle()
         assert len(requests._known) <= 256
         assert sum(r.result is not None for r in requests._known.values()) <= 8
+
+    asyncio.run(main())
+
+
+# -- evaluators that do something ahead ----------------------------------------------------
+
+
+def test_work_goes_to_the_evaluator_that_did_a_part_of_it_if_that_is_not_full() -> None:
+    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+        queue.submit("a", work("0", holder="e1"), 5)
+        queue.submit("a", work("1", holder="e1"), 5)  # e0 is idle
+        await settle()
+        assert [len(h.waiting) for h in pool.hands] == [0, 2]
+        queue.submit("a", work("2", holder="e1"), 5)
+        queue.submit("a", work("3", holder="gone"), 5)
+        await settle()
+        assert [[w.container for w, _ in h.waiting] for h in pool.hands] == [[b"2", b"3"], [b"0", b"1"]]
+
+    run(body, evaluators=2)
+
+
+def test_an_evaluator_is_idle_when_it_has_nothing_and_nothing_waits() -> None:
+    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+        told = []
+        queue.on_idle = lambda: told.append(len(queue.idle()))
+        queue.submit("a", work("0"), 5)
+        await settle()
+        assert [m.name for m in queue.idle()] == ["e1"]
+        queue.take_aside(queue.idle()[0], "a")
+        assert queue.idle() == []
+        for i in range(1, 5):
+            queue.submit("a", work(str(i)), 5)
+        await settle()
+        # What is done ahead takes one of the two places.
+        assert [len(h.waiting) for h in pool.hands] == [2, 1]
+        assert len(queue) == 2
+        told.clear()
+        queue.bring_back(pool.hands[1])
+        await settle()
+        assert [len(h.waiting) for h in pool.hands] == [2, 2]
+        assert told == []  # one request waits still
+        for _ in range(3):
+            await pool.hands[0].answer()
+            await pool.hands[1].answer() if pool.hands[1].waiting else None
+        assert [m.name for m in queue.idle()] == ["e0", "e1"]
+        assert told[-1] == 2
+
+    run(body, evaluators=2)
+
+
+@pytest.mark.parametrize("job_first", [True, False])
+def test_a_crash_while_aside_blames_whom_it_was_for(job_first: bool) -> None:
+    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+        innocent = []
+        for round_ in range(2):
+            old = pool.hands[0]
+            queue.take_aside(old, "guilty")
+            innocent.append(queue.submit("innocent", work(str(round_)), 30))
+            await settle()
+            pool.hands[0] = Hand(f"next-{round_}")
+            crashed = old.waiting.pop()[1]
+            if job_first:
+                crashed.set_exception(EvaluatorCrashed())
+                await settle()
+                queue.bring_back(old, crashed=True)
+            else:
+                queue.bring_back(old, crashed=True)
+                crashed.set_exception(EvaluatorCrashed())
+            await settle()
+            await pool.hands[0].answer()
+            assert innocent[-1].result().container == str(round_).encode() + b"!"
+        queue.refuse_quarantined("innocent")
+        with pytest.raises(AccessDenied):
+            queue.refuse_quarantined("guilty")
+
+    run(body)
+
+
+def test_what_takes_less_with_a_ticket_is_not_learned() -> None:
+    async def main() -> None:
+        pool, clock, predict = HandPool(1), Clock(), Predictor(lambda program: 0.1)
+        queue = Queue(pool, QueueLimits(), predict, clock)
+        future = queue.submit("a", work("1"), 5)
+        await settle()
+        await pool.hands[0].answer(eval_s=0.01, ticket=True)
+        assert future.result().ticket
+        assert predict("p") == 0.1
+        await queue.close()
 
     asyncio.run(main())

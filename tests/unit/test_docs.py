@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("deploy/*.md")])
 COMMANDS = {"train", "inspect", "verify", "cloud", "edge", "infer", "demo"} | {
-    *("model", "cell", "orchestrator", "policy", "certs", "health"),
+    *("model", "cell", "orchestrator", "policy", "certs", "health", "bench"),
 }
 
 
@@ -42,8 +42,11 @@ def test_commands_are_registered() -> None:
 
 
 def test_constraints_pin_every_dependency() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    configuration = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = configuration["project"]
     wanted = [
+        *configuration["build-system"]["requires"],
+        *(f"{tool}{configuration['tool']['scikit-build'][tool]['version']}" for tool in ("cmake", "ninja")),
         *project["dependencies"],
         *(d for extra in project["optional-dependencies"].values() for d in extra),
     ]

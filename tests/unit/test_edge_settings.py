@@ -27,10 +27,11 @@ def test_a_site_comes_from_toml_and_flags(tmp_path: Path) -> None:
         'orchestrator = "127.0.0.1:50061"\npolicy = "deadline"\n'
         "[policy_parameters]\nthresholds = [0.7, 0.8]\nsafety = 1.2\n"
     )
-    config = load_config(EdgeConfig, path, {"actors": 2, "deadline_s": 0.5, "cloud": None})
+    config = load_config(EdgeConfig, path, {"actors": 2, "deadline_s": 0.5, "cloud": None, "tickets": 0})
     assert config.model == tmp_path / "edge.bt"
     assert (config.actors, config.deadline_s, config.cloud) == (2, 0.5, "127.0.0.1:50051")
     assert config.runtime_settings()["orchestrator"] == "127.0.0.1:50061"
+    assert (config.runtime_settings()["tickets"], EdgeConfig(Path("m")).tickets) == (0, 4)
     assert config.runtime_settings()["policy_parameters"] == {"thresholds": [0.7, 0.8], "safety": 1.2}
 
 
@@ -43,6 +44,8 @@ def test_a_site_comes_from_toml_and_flags(tmp_path: Path) -> None:
         ({"actors": 0}, "actors"),
         ({"in_flight": 1000}, "in_flight"),
         ({"threads": 0}, "threads"),
+        ({"tickets": -1}, "tickets"),
+        ({"tickets": 65}, "tickets"),
         ({"deadline_s": 0.0}, "deadline_s"),
         ({"uplink_bps": -1.0}, "uplink_bps"),
         ({"ready_timeout_s": -1.0}, "ready_timeout_s"),

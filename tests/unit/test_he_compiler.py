@@ -15,7 +15,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blindtail.errors import BundleError, ModelError
-from blindtail.he import slotmaps
 from blindtail.he.clear import ClearEvaluator
 from blindtail.he.compiler import compile_tail
 from blindtail.he.layers import Affine, Quadratic, evaluate_clear, squares_only
@@ -70,14 +69,6 @@ def test_the_dense_tails_of_the_comparison_have_the_planned_shape() -> None:
     assert deep.uplink_bytes <= 185_000
     assert deep.key_bytes <= 30_000_000
     assert deep.reply_bytes <= 26_000
-
-
-@pytest.mark.parametrize("offsets", [1, 2, 3, 4, 7, 16, 31, 32, 128])
-def test_baby_steps_need_the_fewest_rotations(offsets: int) -> None:
-    baby = slotmaps.baby_steps(offsets)
-    cost = baby - 1 + -(-offsets // baby) - 1
-    best = min((1 << i) - 1 + -(-offsets // (1 << i)) - 1 for i in range(9) if 1 << i <= max(offsets, 1))
-    assert cost <= best or baby == offsets
 
 
 def _net(weight: float = 1.0, b: float = 0.0, a: float = 1.0) -> list[Affine | Quadratic]:
@@ -157,6 +148,13 @@ def test_damaged_programs_are_refused() -> None:
         lambda s, t: s["ops"].pop(),
         lambda s, t: s["ops"][0].update(offsets=s["ops"][0]["offsets"] * 2),
         lambda s, t: s["ops"][0]["folds"].pop(),
+        lambda s, t: s["ops"][0]["folds"].append([]),
+        lambda s, t: s["ops"][0]["folds"].append([1] * 64),
+        lambda s, t: s["ops"][0]["folds"][-1].append(0),
+        lambda s, t: s["ops"][0]["folds"][-1].append(s["ops"][0]["folds"][-1][0]),
+        lambda s, t: s["ops"][0].update(stride=0),
+        lambda s, t: s["ops"][0].update(stride=3),
+        lambda s, t: s["ops"][0].update(baby=0),
         lambda s, t: s["ops"][0].update(op="shell"),
         lambda s, t: s["ops"][0].update(level=1),
         lambda s, t: s["ops"][1].update(out_scale=(2.0**33).hex()),

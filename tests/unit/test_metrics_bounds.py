@@ -38,6 +38,7 @@ def flood_cloud(registry: CollectorRegistry) -> None:
         metrics.evaluated(f"name-{i % 30}", "ok", 0.1, f"name-{i % 31}")
         metrics.uploaded(name)
         metrics.key_transfer(name, name)
+        metrics.tickets(name, name)
     metrics.watch(
         queue_depth=lambda: 1,
         backlog_s=lambda: 1,
@@ -47,6 +48,7 @@ def flood_cloud(registry: CollectorRegistry) -> None:
         restarts=lambda: 1,
         shares=lambda: {(name, other): 0.5 for name in HOSTILE[:60] for other in HOSTILE[:60]},
         counters=lambda: {place: EvaluatorCounters(place, 1, 1, 1) for place in range(5000)},
+        ticket_bytes=lambda: dict.fromkeys(HOSTILE, 7),
     )
     metrics.watch_control(lambda: True)
 

@@ -301,7 +301,7 @@ def test_an_engine_answers_for_another_version_with_the_same_loaded_keys(tmp_pat
     container = ClearEncryptor(one.spec).encrypt(activation())
     engine.load(f"{edge}:{own}", two)
     for name, version in ((edge, "1"), (f"{edge}:{own}", "2")):
-        reply, _ = engine.evaluate(name, str(keys), container)
+        reply = engine.evaluate(name, str(keys), container).container
         assert np.allclose(ClearDecryptor(one.spec).decrypt(reply), logits_of(version), atol=1e-9)
     assert engine.counters.key_loads == 1
     engine.unload(edge)

@@ -14,6 +14,7 @@ import pytest
 from blindtail import cli
 from blindtail.bundle import CloudBundle, EdgeBundle
 from blindtail.errors import BundleError, InputError
+from blindtail.he.backends import settle
 from edge.pages import verify_page
 from edge.pair import ModelPair
 from edge.verify import read_images, summary_lines, verify
@@ -69,7 +70,7 @@ def test_verify_with_encryption(run: Run, tmp_path: Path) -> None:
     argv = ["verify", EDGE, CLOUD, "--data", "fashion", "--images", 8, "--out", tmp_path, "--json"]
     report = json.loads(run(*argv))
     assert report == json.loads((tmp_path / "report.json").read_text())
-    assert (report["images"], report["backend"], report["agreement"]) == (8, "seal", 1.0)
+    assert (report["images"], report["backend"], report["agreement"]) == (8, settle("auto"), 1.0)
     error = report["logit_error"]
     assert 0 < error["mean"] <= error["max"] < 0.05
     page = (tmp_path / "report.html").read_text()

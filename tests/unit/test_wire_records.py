@@ -19,6 +19,8 @@ from blindtail.wire import (
     KeyStatusCall,
     RegisterCall,
     RegisterResult,
+    TicketOffer,
+    TicketsTaken,
 )
 
 PROGRAM = "0f" * 32
@@ -33,6 +35,11 @@ RECORDS = [
     KeyChunk(b"data"),
     KeyChunk(b"data", KeyHeader(PROGRAM, HASH, 10, 6)),
     EvaluateResult(b"reply", 0.5, 0.25, "evaluator-0"),
+    EvaluateResult(b"reply", 0.5, 0.25, "evaluator-0", ticket=True),
+    TicketOffer(SESSION, ()),
+    TicketOffer(SESSION, tuple(bytes([i]) * wire.SEED_BYTES for i in range(wire.MOST_SEEDS))),
+    TicketsTaken(0, 0),
+    TicketsTaken(wire.MOST_SEEDS, 16),
 ]
 
 
@@ -70,6 +77,12 @@ BROKEN = {
         pb.KeyChunk(header=pb.KeyHeader(program_id=PROGRAM, key_sha256=HASH, total_bytes=1, offset=2)),
     ),
     "chunk: header without a hash": (KeyChunk, pb.KeyChunk(header=pb.KeyHeader(program_id=PROGRAM))),
+    "tickets: no session": (TicketOffer, pb.TicketsRequest(seeds=[bytes(64)])),
+    "tickets: short seed": (TicketOffer, pb.TicketsRequest(session=SESSION, seeds=[bytes(64), bytes(63)])),
+    "tickets: long seed": (TicketOffer, pb.TicketsRequest(session=SESSION, seeds=[bytes(65)])),
+    "tickets: too many": (TicketOffer, pb.TicketsRequest(session=SESSION, seeds=[bytes(64)] * 65)),
+    "tickets: too large": (TicketOffer, pb.TicketsRequest(session=SESSION, seeds=[bytes(64)] * 1000)),
+    "tickets: more than were offered": (TicketsTaken, pb.TicketsReply(accepted=65, capacity=1)),
     "result: time is not a number": (EvaluateResult, pb.EvaluateReply(eval_s=float("nan"))),
 }
 
@@ -97,7 +110,8 @@ def test_a_broken_evaluation_is_refused(message: pb.EvaluateRequest) -> None:
 
 @given(st.binary(max_size=300))
 def test_arbitrary_bytes_decode_or_are_refused(data: bytes) -> None:
-    for kind in (RegisterCall, RegisterResult, KeyStatusCall, KeyStatus, KeyChunk, EvaluateResult):
+    kinds = (RegisterCall, RegisterResult, KeyStatusCall, KeyStatus, KeyChunk, EvaluateResult)
+    for kind in (*kinds, TicketOffer, TicketsTaken):
         try:
             kind.decode(data)  # type: ignore[attr-defined]
         except ContainerError:
@@ -109,3 +123,9 @@ def test_a_field_that_cannot_be_encoded_is_refused() -> None:
         EvaluateCall(SESSION, SESSION, b"", attempt=-1).encode()
     with pytest.raises(ContainerError):
         KeyChunk(b"", KeyHeader(PROGRAM, HASH, 1 << 70, 0)).encode()
+
+
+def test_a_seed_has_the_length_that_containers_give_it() -> None:
+    from blindtail.he import container
+
+    assert wire.SEED_BYTES == container.SEED_BYTES

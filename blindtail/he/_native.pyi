@@ -1,0 +1,90 @@
+"""What the native module offers; it is there when a compiler was at hand during the install.
+
+Sources: native/src/module.cpp. Residues are uint64, coefficients or NTT form as `sealio` has them.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+class BodyError(ValueError):
+    """A container's body is not what the program expects; the message holds nothing of it."""
+
+class Keys:
+    """Evaluation keys, read in place from memory that it keeps alive."""
+
+class Ticket:
+    """What depends on one request's seed alone, computed ahead."""
+
+    @property
+    def bytes(self) -> int: ...
+
+class Tail:
+    """One program. `instructions`: "" = the best here; `word_bits`: 0 = what the primes allow.
+
+    Everything raises `ValueError` for what cannot be.
+    """
+
+    def __init__(
+        self, log_n: int, primes: Sequence[int], instructions: str = "", word_bits: int = 0
+    ) -> None: ...
+    def add_map(
+        self,
+        level: int,
+        babies: Sequence[int],
+        giants: Sequence[Sequence[tuple[int, int]]],
+        giant: int,
+        folds: Sequence[Sequence[int]],
+        diagonals: NDArray[np.float64],
+        plain_scale: float,
+        bias: NDArray[np.float64],
+        bias_scale: float,
+    ) -> None:
+        """Rotations as Galois elements; giants: (index of baby, index of diagonal) by giant step;
+        diagonals (count, N / 2)."""
+    def add_square(self, level: int) -> None: ...
+    def finish(self, period: int, dropped_bits: int) -> None: ...
+    @property
+    def word_bits(self) -> int: ...
+    @property
+    def instructions(self) -> str: ...
+    @property
+    def plain_bytes(self) -> int: ...
+    def key_bytes(self, level: int) -> int: ...
+    def prepare_key(
+        self, element: int, level: int, body: NDArray[np.uint8], out: NDArray[np.uint8]
+    ) -> None: ...
+    def load_keys(self, memory: NDArray[np.uint8], shapes: Sequence[tuple[int, int]]) -> Keys:
+        """shapes: (element, level) of the keys in memory, one after the other; 64-byte aligned."""
+    def evaluate(self, keys: Keys, body: NDArray[np.uint8], threads: int = 1) -> bytes: ...
+    def make_ticket(self, keys: Keys, seed: bytes, threads: int = 1) -> Ticket: ...
+    def evaluate_ticket(
+        self, keys: Keys, body: NDArray[np.uint8], ticket: Ticket, threads: int = 1
+    ) -> bytes: ...
+    def evaluate_residues(
+        self, keys: Keys, c0: NDArray[np.uint64], c1: NDArray[np.uint64], threads: int = 1
+    ) -> NDArray[np.uint64]:
+        """(level + 1, N) each, NTT form -> (2, N) at level 0, coefficients."""
+
+class Exact:
+    """SEAL's operations, word for word, on (polynomials, primes, N); a key is (2, key primes, N) a digit."""
+
+    def __init__(
+        self, log_n: int, primes: Sequence[int], instructions: str = "", word_bits: int = 32
+    ) -> None: ...
+    def add(self, a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np.uint64]: ...
+    def multiply_plain(self, a: NDArray[np.uint64], plain: NDArray[np.uint64]) -> NDArray[np.uint64]: ...
+    def multiply(self, a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np.uint64]: ...
+    def relinearise(self, a: NDArray[np.uint64], key: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]: ...
+    def rotate(
+        self, a: NDArray[np.uint64], element: int, key: Sequence[NDArray[np.uint64]]
+    ) -> NDArray[np.uint64]: ...
+    def rescale(self, a: NDArray[np.uint64]) -> NDArray[np.uint64]: ...
+    def mod_switch(self, a: NDArray[np.uint64]) -> NDArray[np.uint64]: ...
+
+def instruction_sets() -> list[str]:
+    """Those that this processor has, the best first."""
+
+def version() -> str:
+    """The version of the package that it was built with."""

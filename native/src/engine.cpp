@@ -1,0 +1,407 @@
+#include "engine.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace blindtail {
+
+template <class W>
+Engine<W>::Engine(int log_n, std::span<const u64> primes, const char* instructions)
+    : chain_(log_n, primes, instructions) {}
+
+template <class W>
+void Engine<W>::use(u32 element) {
+  if (element > 1) automorphisms_.try_emplace(element, element, chain_.log_n);
+}
+
+template <class W>
+const Automorphism& Engine<W>::automorphism(u32 element) const {
+  return automorphisms_.at(element);
+}
+
+template <class W>
+void Engine<W>::add_map(MapStep<W> step) {
+  const std::size_t rows = step.level + 2;
+  if (step.level < 1 || step.level + 1 >= chain_.primes.size()) throw std::invalid_argument("a map's level");
+  if (step.plain.size() != rows * step.diagonals * n() || step.bias.size() != step.level * n())
+    throw std::invalid_argument("a map's plaintexts");
+  for (const auto& giant : step.giants)
+    for (const auto& term : giant)
+      if (term.baby >= step.babies.size() || term.diagonal >= step.diagonals)
+        throw std::invalid_argument("a map's steps");
+  if (step.giants.empty() || step.giants.back().empty())
+    throw std::invalid_argument("a map without products");
+  if (!steps_.empty()) {
+    const std::size_t before = steps_.back().map ? steps_.back().map->level : steps_.back().square.level;
+    if (before != step.level + 1) throw std::invalid_argument("levels do not follow each other");
+  }
+  for (u32 element : step.babies) use(element);
+  if (step.giants.size() > 1) use(step.giant);
+  for (const auto& group : step.folds)
+    for (u32 element : group) use(element);
+  steps_.push_back({std::make_unique<MapStep<W>>(std::move(step)), {}});
+}
+
+template <class W>
+void Engine<W>::add_square(std::size_t level) {
+  if (steps_.empty() || !steps_.back().map || steps_.back().map->level != level + 1 || level < 1)
+    throw std::invalid_argument("a square follows a map one level up");
+  steps_.push_back({nullptr, {level}});
+}
+
+template <class W>
+void Engine<W>::finish() {
+  if (steps_.empty() || !steps_.back().map || steps_.back().map->level != 1)
+    throw std::invalid_argument("a program ends in a map at level 1");
+  input_level_ = steps_.front().map->level;
+  max_rows_ = input_level_ + 2;
+  std::size_t babies = 0;
+  for (const Step& step : steps_)
+    if (step.map) {
+      babies = std::max(babies, step.map->babies.size());
+      max_giants_ = std::max(max_giants_, step.map->giants.size());
+    }
+  max_giants_ = std::max<std::size_t>(max_giants_, 2);
+  scratch_limbs_ = 2 * babies + kTemporaries;
+  c0_ = Buffer<W>(max_rows_ * n());
+  c1_ = Buffer<W>(max_rows_ * n());
+  coef_ = Buffer<W>(max_rows_ * n());
+  work_ = Buffer<W>((max_rows_ + 2) * n());
+  digits_ = Buffer<W>(max_rows_ * max_rows_ * n());
+  sums_ = Buffer<W>(max_giants_ * 2 * (max_rows_ + 1) * n());
+  rows_.assign(max_rows_ * max_rows_, nullptr);
+}
+
+template <class W>
+W* Engine<W>::input(std::size_t half, std::size_t prime) {
+  return (half ? c1_ : c0_).data() + prime * n();
+}
+
+template <class W>
+const W* Engine<W>::output(std::size_t half) const {
+  return half ? coef_.data() : c0_.data();
+}
+
+template <class W>
+void Engine<W>::check(const Keys<W>& keys) const {
+  const auto need = [&](u32 element, std::size_t level) {
+    if (element == 1) return;
+    const auto found = keys.find(element);
+    if (found == keys.end() || found->second.level < level)
+      throw std::out_of_range("an evaluation key is missing or of too low a level");
+  };
+  for (const Step& step : steps_) {
+    if (!step.map) {
+      need(0, step.square.level);
+      continue;
+    }
+    for (u32 element : step.map->babies) need(element, step.map->level);
+    if (step.map->giants.size() > 1) need(step.map->giant, step.map->level);
+    for (const auto& group : step.map->folds)
+      for (u32 element : group) need(element, step.map->level - 1);
+  }
+}
+
+template <class W>
+void Engine<W>::set_threads(const Keys<W>& keys, std::size_t threads) {
+  check(keys);  // nothing after this throws but for memory
+  if (pool_ && pool_->threads() == threads) return;
+  pool_ = std::make_unique<Pool>(threads);
+  scratch_ = Buffer<W>(threads * scratch_limbs_ * n());
+}
+
+template <class W>
+void Engine<W>::begin(const Keys<W>& keys, std::size_t threads) {
+  set_threads(keys, threads);
+  // c1 in coefficient form is what every keyswitch starts from.
+  pool_->each(input_level_ + 1, [&](std::size_t j, std::size_t) {
+    chain_.k.intt(chain_.primes[j], coef_.data() + j * n(), c1_.data() + j * n());
+  });
+}
+
+template <class W>
+void Engine<W>::run(const Keys<W>& keys, std::size_t threads) {
+  begin(keys, threads);
+  run_from(0, keys);
+}
+
+template <class W>
+void Engine<W>::run_from(std::size_t first, const Keys<W>& keys) {
+  for (std::size_t i = first; i < steps_.size(); ++i) {
+    if (!steps_[i].map) {
+      run_square(steps_[i].square.level, keys);
+      continue;
+    }
+    decompose(steps_[i].map->level, i == 0 ? c1_.data() : nullptr);
+    run_map(*steps_[i].map, keys, i + 1 == steps_.size(), i + 1 < steps_.size());
+  }
+}
+
+template <class W>
+void Engine<W>::decompose(std::size_t level, const W* own) {
+  const std::size_t digits = level + 1, rows = level + 2;
+  pool_->each(rows * digits, [&](std::size_t item, std::size_t) {
+    const std::size_t row = item / digits, i = item % digits, j = prime_of(row, level);
+    const W* at = coef_.data() + i * n();
+    if (row == i && own != nullptr) {
+      rows_[row * max_rows_ + i] = own + i * n();
+      return;
+    }
+    W* out = digit(row, i);
+    if (row == i) {
+      chain_.k.ntt(chain_.primes[j], out, at);
+    } else {
+      chain_.lift(j, out, at, i);
+      chain_.k.ntt(chain_.primes[j], out, out);
+    }
+    rows_[row * max_rows_ + i] = out;
+  });
+}
+
+template <class W>
+void Engine<W>::switch_row(const Key<W>& key, std::size_t level, std::size_t row, W* out0, W* out1) const {
+  const std::size_t key_row = row <= level ? row : key.level + 1;
+  const W* half0[kMaxTerms];
+  const W* half1[kMaxTerms];
+  for (std::size_t at = 0; at <= level; at += kMaxTerms) {
+    const std::size_t count = std::min(kMaxTerms, level + 1 - at);
+    for (std::size_t i = 0; i < count; ++i) {
+      half0[i] = key.at(key_row, at + i, 0, n());
+      half1[i] = key.at(key_row, at + i, 1, n());
+    }
+    chain_.k.dot_key(chain_.primes[prime_of(row, level)], out0, out1, &rows_[row * max_rows_ + at], half0,
+                     half1, count, at > 0);
+  }
+}
+
+template <class W>
+void Engine<W>::map_sums(const MapStep<W>& step, const Keys<W>& keys) {
+  const std::size_t level = step.level, rows = level + 2, giants = step.giants.size();
+  // Modulo Q P, prime by prime: rotated inputs (times P), then all giant steps' products.
+  pool_->each(rows, [&](std::size_t row, std::size_t thread) {
+    const std::size_t j = prime_of(row, level);
+    const Prime<W>& prime = chain_.primes[j];
+    const bool special = row == rows - 1;
+    const W p = chain_.value[chain_.special()][j];
+    W *t0 = scratch(thread, 0), *t1 = scratch(thread, 1), *lifted = scratch(thread, 2);
+    const auto turned = [&](std::size_t b, std::size_t half) {
+      return scratch(thread, kTemporaries + 2 * b + half);
+    };
+    if (!special) chain_.k.scale(prime, lifted, c0_.data() + row * n(), p);
+    for (std::size_t b = 0; b < step.babies.size(); ++b) {
+      if (step.babies[b] == 1) {
+        if (special) continue;
+        std::memcpy(turned(b, 0), lifted, n() * sizeof(W));
+        chain_.k.scale(prime, turned(b, 1), rows_[row * max_rows_ + row], p);
+        continue;
+      }
+      switch_row(keys.at(step.babies[b]), level, row, t0, t1);
+      if (!special) chain_.k.add(prime, t0, t0, lifted);
+      const Automorphism& turn = automorphism(step.babies[b]);
+      chain_.k.permute(turn, turned(b, 0), t0, n());
+      chain_.k.permute(turn, turned(b, 1), t1, n());
+    }
+    const W* in0[kMaxTerms];
+    const W* in1[kMaxTerms];
+    const W* plain[kMaxTerms];
+    for (std::size_t g = 0; g < giants; ++g) {
+      W *out0 = sum(g, 0) + row * n(), *out1 = sum(g, 1) + row * n();
+      std::size_t count = 0;
+      bool any = false;
+      const auto flush = [&] {
+        if (count) chain_.k.dot_plain(prime, out0, out1, in0, in1, plain, count, any);
+        any = any || count;
+        count = 0;
+      };
+      for (const auto& term : step.giants[g]) {
+        if (special && step.babies[term.baby] == 1) continue;  // P times anything vanishes modulo P
+        in0[count] = turned(term.baby, 0);
+        in1[count] = turned(term.baby, 1);
+        plain[count] = step.plain.data() + (row * step.diagonals + term.diagonal) * n();
+        if (++count == kMaxTerms) flush();
+      }
+      flush();
+      if (!any) {
+        std::memset(out0, 0, n() * sizeof(W));
+        std::memset(out1, 0, n() * sizeof(W));
+      }
+    }
+  });
+
+  // Horner: total = rotate(total) + next, from the last giant step down.
+  for (std::size_t g = giants; g-- > 1;) {
+    mod_down(sum(g, 1), level, coef_.data(), Form::kCoefficient);
+    decompose(level, nullptr);
+    const Key<W>& giant = keys.at(step.giant);
+    const Automorphism& turn = automorphism(step.giant);
+    pool_->each(rows, [&](std::size_t row, std::size_t thread) {
+      const Prime<W>& prime = chain_.primes[prime_of(row, level)];
+      W *t0 = scratch(thread, 0), *t1 = scratch(thread, 1);
+      switch_row(giant, level, row, t0, t1);
+      chain_.k.add(prime, t0, t0, sum(g, 0) + row * n());
+      chain_.k.permute_add(prime, turn, sum(g - 1, 0) + row * n(), t0);
+      chain_.k.permute_add(prime, turn, sum(g - 1, 1) + row * n(), t1);
+    });
+  }
+}
+
+template <class W>
+void Engine<W>::run_map(const MapStep<W>& step, const Keys<W>& keys, bool last, bool next_square) {
+  const std::size_t level = step.level;
+  map_sums(step, keys);
+  const Form form0 = last ? Form::kCoefficient : Form::kNtt;
+  const Form form1 = next_square ? Form::kNtt : Form::kCoefficient;
+  W* c1 = (next_square ? c1_ : coef_).data();
+  if (step.folds.empty()) {
+    mod_down_rescale(sum(0, 0), level, c0_.data(), form0);
+    mod_down_rescale(sum(0, 1), level, c1, form1);
+  } else {
+    mod_down_rescale(sum(0, 0), level, c0_.data(), Form::kNtt);
+    mod_down_rescale(sum(0, 1), level, coef_.data(), Form::kCoefficient);
+    const std::size_t at = fold_all(step, keys);
+    mod_down(sum(at, 0), level - 1, c0_.data(), form0);
+    mod_down(sum(at, 1), level - 1, c1, form1);
+  }
+  pool_->each(level, [&](std::size_t j, std::size_t) {
+    W* at = c0_.data() + j * n();
+    chain_.k.add(chain_.primes[j], at, at, step.bias.data() + j * n());
+  });
+}
+
+/// All groups, from c0_ and coef_; returns which of the sums holds the result, modulo Q P.
+template <class W>
+std::size_t Engine<W>::fold_all(const MapStep<W>& step, const Keys<W>& keys) {
+  for (std::size_t group = 0; group < step.folds.size(); ++group) {
+    if (group > 0) mod_down(sum((group + 1) % 2, 1), step.level - 1, coef_.data(), Form::kCoefficient);
+    decompose(step.level - 1, nullptr);
+    fold(step, keys, group);
+  }
+  return (step.folds.size() + 1) % 2;
+}
+
+/// One group: acc + sum of rotations of acc, into sum(group % 2); acc is (c0_, digits) for the
+/// first group, else sum((group + 1) % 2).
+template <class W>
+void Engine<W>::fold(const MapStep<W>& step, const Keys<W>& keys, std::size_t group) {
+  const std::size_t level = step.level - 1, rows = level + 2;
+  pool_->each(rows, [&](std::size_t row, std::size_t thread) {
+    const std::size_t j = prime_of(row, level);
+    const Prime<W>& prime = chain_.primes[j];
+    const bool special = row == rows - 1;
+    W *t0 = scratch(thread, 0), *t1 = scratch(thread, 1);
+    W *out0 = sum(group % 2, 0) + row * n(), *out1 = sum(group % 2, 1) + row * n();
+    const W* base = scratch(thread, 2);  // what every rotation turns besides the switched part
+    if (group == 0) {
+      W* lifted = scratch(thread, 2);
+      if (special) {
+        std::memset(out0, 0, n() * sizeof(W));
+        std::memset(out1, 0, n() * sizeof(W));
+        base = nullptr;
+      } else {
+        const W p = chain_.value[chain_.special()][j];
+        chain_.k.scale(prime, lifted, c0_.data() + row * n(), p);
+        std::memcpy(out0, lifted, n() * sizeof(W));
+        chain_.k.scale(prime, out1, rows_[row * max_rows_ + row], p);
+      }
+    } else {
+      base = sum((group + 1) % 2, 0) + row * n();
+      std::memcpy(out0, base, n() * sizeof(W));
+      std::memcpy(out1, sum((group + 1) % 2, 1) + row * n(), n() * sizeof(W));
+    }
+    for (u32 element : step.folds[group]) {
+      switch_row(keys.at(element), level, row, t0, t1);
+      if (base != nullptr) chain_.k.add(prime, t0, t0, base);
+      const Automorphism& turn = automorphism(element);
+      chain_.k.permute_add(prime, turn, out0, t0);
+      chain_.k.permute_add(prime, turn, out1, t1);
+    }
+  });
+}
+
+template <class W>
+void Engine<W>::run_square(std::size_t level, const Keys<W>& keys) {
+  square_sums(level, keys);
+  mod_down_rescale(sum(0, 0), level, c0_.data(), Form::kNtt);
+  mod_down_rescale(sum(0, 1), level, coef_.data(), Form::kCoefficient);
+}
+
+/// The square of (c0_, c1_), relinearised, modulo Q P in the first pair of sums.
+template <class W>
+void Engine<W>::square_sums(std::size_t level, const Keys<W>& keys) {
+  const std::size_t rows = level + 2;
+  const Key<W>& relin = keys.at(0);
+  // d2 goes where c1 was wanted in coefficient form; its NTT stays in work_.
+  pool_->each(level + 1, [&](std::size_t j, std::size_t) {
+    W *c0 = c0_.data() + j * n(), *c1 = c1_.data() + j * n(), *d2 = work_.data() + j * n();
+    W *d0 = sum(1, 0) + j * n(), *d1 = sum(1, 1) + j * n();
+    chain_.k.square(chain_.primes[j], d0, d1, d2, c0, c1);
+    chain_.k.intt(chain_.primes[j], coef_.data() + j * n(), d2);
+  });
+  decompose(level, work_.data());
+  pool_->each(rows, [&](std::size_t row, std::size_t) {
+    const std::size_t j = prime_of(row, level);
+    const Prime<W>& prime = chain_.primes[j];
+    W *out0 = sum(0, 0) + row * n(), *out1 = sum(0, 1) + row * n();
+    switch_row(relin, level, row, out0, out1);
+    if (row <= level) {
+      const W p = chain_.value[chain_.special()][j];
+      chain_.k.scale_add(prime, out0, sum(1, 0) + row * n(), p);
+      chain_.k.scale_add(prime, out1, sum(1, 1) + row * n(), p);
+    }
+  });
+}
+
+template <class W>
+void Engine<W>::mod_down(const W* in, std::size_t level, W* out, Form form) {
+  const std::size_t s = chain_.special();
+  W* y = work_.data() + max_rows_ * n();
+  chain_.k.intt(chain_.primes[s], y, in + (level + 1) * n());
+  pool_->each(level + 1, [&](std::size_t j, std::size_t thread) {
+    const Prime<W>& prime = chain_.primes[j];
+    W* t = scratch(thread, 0);
+    chain_.k.round_lift(prime, t, y, chain_.mod(s).q);
+    const W* x = in + j * n();
+    if (form == Form::kNtt) {
+      chain_.k.ntt(prime, t, t);
+    } else {
+      chain_.k.intt(prime, scratch(thread, 1), x);
+      x = scratch(thread, 1);
+    }
+    chain_.k.sub_scale(prime, out + j * n(), x, t, chain_.inverse[s][j]);
+  });
+}
+
+template <class W>
+void Engine<W>::mod_down_rescale(const W* in, std::size_t level, W* out, Form form) {
+  const std::size_t s = chain_.special();
+  W *high = work_.data() + max_rows_ * n(), *low = high + n();
+  pool_->each(2, [&](std::size_t which, std::size_t) {
+    if (which)
+      chain_.k.intt(chain_.primes[s], high, in + (level + 1) * n());
+    else
+      chain_.k.intt(chain_.primes[level], low, in + level * n());
+  });
+  W* h = scratch(0, 2);
+  chain_.k.pair_high(chain_.primes[s], h, high, low, chain_.inverse[level][s]);
+  pool_->each(level, [&](std::size_t j, std::size_t thread) {
+    const Prime<W>& prime = chain_.primes[j];
+    W* t = scratch(thread, 0);
+    chain_.k.pair_lift(prime, t, low, h, chain_.mod(s).q, chain_.mod(level).q, chain_.value[level][j]);
+    const W* x = in + j * n();
+    if (form == Form::kNtt) {
+      chain_.k.ntt(prime, t, t);
+    } else {
+      chain_.k.intt(prime, scratch(thread, 1), x);
+      x = scratch(thread, 1);
+    }
+    const W inverse = chain_.mod(j).mul(chain_.inverse[s][j], chain_.inverse[level][j]);
+    chain_.k.sub_scale(prime, out + j * n(), x, t, inverse);
+  });
+}
+
+template class Engine<u32>;
+template class Engine<u64>;
+
+}  // namespace blindtail

@@ -1,0 +1,186 @@
+// One encrypted tail on CKKS ciphertexts in residue form: the plan and its run.
+//
+// Levels as in blindtail.he.params: a level-l ciphertext has limbs q_0 ... q_l; the
+// special prime P is the last of `primes`. Key switching is SEAL's (one digit a prime,
+// one special prime), arranged for speed: digits are made once and shared by all
+// rotations of a ciphertext (hoisting: Halevi and Shoup, CRYPTO 2018), sums stay modulo
+// Q P until the end of a map (double hoisting: Bossuat et al., EUROCRYPT 2021), giant
+// steps run Horner-style with one key, and dividing by P and by the map's prime is one step.
+#pragma once
+
+#include <cstddef>
+#include <map>
+#include <memory>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "kernels.hpp"
+#include "memory.hpp"
+#include "pool.hpp"
+#include "ring.hpp"
+
+namespace blindtail {
+
+/// Primes of a parameter set, the special one last, and constants between them.
+template <class W>
+struct Chain {
+  int log_n;
+  std::size_t n;
+  std::vector<Prime<W>> primes;
+  const Kernels<W>& k;
+  // By [divisor][prime], Montgomery form: divisor mod prime, divisor^-1 mod prime.
+  std::vector<std::vector<W>> value, inverse;
+
+  Chain(int log_n, std::span<const u64> primes, const char* instructions);
+  Chain(const Chain&) = delete;
+  std::size_t special() const { return primes.size() - 1; }
+  const Modulus<W>& mod(std::size_t j) const { return primes[j].mod; }
+  /// A digit of prime `from` as words below 4q of prime `to`, centred.
+  void lift(std::size_t to, W* out, const W* in, std::size_t from) const;
+};
+
+/// An evaluation key in memory: for each prime 0 ... level and the special one, for each digit
+/// 0 ... level, two limbs (the halves of the key), Montgomery form, turned back by the key's
+/// automorphism, so that the sum of products is turned once.
+template <class W>
+struct Key {
+  std::size_t level = 0;
+  const W* words = nullptr;
+
+  std::size_t limbs() const { return 2 * (level + 2) * (level + 1); }
+  /// Half `half` of digit `digit`, row j (level + 1 = the special prime's).
+  const W* at(std::size_t row, std::size_t digit, std::size_t half, std::size_t n) const {
+    return words + ((row * (level + 1) + digit) * 2 + half) * n;
+  }
+};
+
+/// Evaluation keys by Galois element; element 0 is the relinearisation key.
+template <class W>
+using Keys = std::map<u32, Key<W>>;
+
+/// One affine map; see blindtail.he.program.MapOp.
+template <class W>
+struct MapStep {
+  struct Term {
+    std::size_t baby;      // index into `babies`
+    std::size_t diagonal;  // index of the plaintext
+  };
+  std::size_t level = 0;
+  std::vector<u32> babies;                // Galois elements; 1 = the input itself
+  std::vector<std::vector<Term>> giants;  // by giant step
+  u32 giant = 1;                          // Galois element of one giant step
+  std::vector<std::vector<u32>> folds;    // groups of Galois elements
+  std::size_t diagonals = 0;
+  Buffer<W> plain;  // [prime 0 ... level, special][diagonal][n], Montgomery form
+  Buffer<W> bias;   // [prime 0 ... level - 1][n], NTT form (coefficient form in the last map)
+};
+
+struct SquareStep {
+  std::size_t level = 0;
+};
+
+template <class W>
+class EngineTimer;
+
+template <class W>
+class Engine {
+ public:
+  Engine(int log_n, std::span<const u64> primes, const char* instructions);
+
+  /// Steps in order of execution. `last` = coefficient form is wanted afterwards.
+  void add_map(MapStep<W> step);
+  void add_square(std::size_t level);
+  /// Allocates what a run needs.
+  void finish();
+
+  const Chain<W>& chain() const { return chain_; }
+  std::size_t input_level() const { return input_level_; }
+  /// Where a run reads its input: limbs 0 ... input level of c0 and c1, NTT form.
+  W* input(std::size_t half, std::size_t prime);
+  /// c0 and c1 of the result: level 0, coefficient form.
+  const W* output(std::size_t half) const;
+  /// Throws std::out_of_range when a key is missing or too low. Not thread-safe: one run at a time.
+  void run(const Keys<W>& keys, std::size_t threads);
+  /// Words of what a ticket holds.
+  std::size_t ticket_words() const { return ticket_limbs() * n(); }
+  /// All that depends on c1 alone, up to the first square's keyswitch, from the input's c1.
+  void make_ticket(const Keys<W>& keys, std::size_t threads, W* words);
+  /// The same result as `run` for the c1 that the ticket was made of, from the input's c0.
+  void run_ticket(const Keys<W>& keys, std::size_t threads, const W* words);
+  /// Automorphism of a Galois element that the plan uses.
+  const Automorphism& automorphism(u32 element) const;
+
+ private:
+  friend class EngineTimer<W>;  // benchmarks time the parts below
+  enum class Form { kNtt, kCoefficient };
+  struct Step {
+    std::unique_ptr<MapStep<W>> map;  // null: a square
+    SquareStep square;
+  };
+
+  /// Where the parts of a ticket are; limbs by row.
+  struct TicketParts {
+    W* map;      // T(c1) of the first map, modulo Q P
+    W* fold;     // and of its folds, one level below
+    W* c1;       // after the map: NTT form before a square, else coefficients
+    W* square0;  // keyswitch of c1^2, modulo Q P
+    W* square1;
+  };
+  // Limbs of scratch a thread needs besides rotated inputs: two sums, a lifted residue and a spare.
+  static constexpr std::size_t kTemporaries = 4;
+
+  std::size_t ticket_limbs() const;
+  TicketParts ticket_parts(W* words) const;
+  void map_row_of_c0(const MapStep<W>& map, std::size_t row, std::size_t thread, W* out);
+
+  void use(u32 element);
+  void set_threads(const Keys<W>& keys, std::size_t threads);
+  void begin(const Keys<W>& keys, std::size_t threads);
+  void run_from(std::size_t first, const Keys<W>& keys);
+  void map_sums(const MapStep<W>& step, const Keys<W>& keys);
+  std::size_t fold_all(const MapStep<W>& step, const Keys<W>& keys);
+  void square_sums(std::size_t level, const Keys<W>& keys);
+  void check(const Keys<W>& keys) const;
+  std::size_t prime_of(std::size_t row, std::size_t level) const {
+    return row <= level ? row : chain_.special();
+  }
+
+  void run_map(const MapStep<W>& step, const Keys<W>& keys, bool last, bool next_square);
+  void run_square(std::size_t level, const Keys<W>& keys);
+  void fold(const MapStep<W>& step, const Keys<W>& keys, std::size_t group);
+
+  /// Digits of c1 (coefficient form in `coef_`) over q_0 ... q_level and P; `own` = its NTT form or null.
+  void decompose(std::size_t level, const W* own);
+  /// sum of digits times key, row `row`, into out0, out1.
+  void switch_row(const Key<W>& key, std::size_t level, std::size_t row, W* out0, W* out1) const;
+  /// Divide a half (rows 0 ... level and P) by P; `out` rows 0 ... level.
+  void mod_down(const W* in, std::size_t level, W* out, Form form);
+  /// Divide by P and q_level; `out` rows 0 ... level - 1.
+  void mod_down_rescale(const W* in, std::size_t level, W* out, Form form);
+
+  W* scratch(std::size_t thread, std::size_t limb) {
+    return scratch_.data() + (thread * scratch_limbs_ + limb) * n();
+  }
+  W* digit(std::size_t row, std::size_t i) { return digits_.data() + (row * max_rows_ + i) * n(); }
+  W* sum(std::size_t giant, std::size_t half) {
+    return sums_.data() + (giant * 2 + half) * (max_rows_ + 1) * n();
+  }
+  std::size_t n() const { return chain_.n; }
+
+  Chain<W> chain_;
+  std::vector<Step> steps_;
+  std::map<u32, Automorphism> automorphisms_;
+  std::size_t input_level_ = 0, max_rows_ = 0, scratch_limbs_ = 0, max_giants_ = 1;
+  std::unique_ptr<Pool> pool_;
+  // c0 in NTT form, c1 in NTT form (where known) and in coefficient form; limbs by prime.
+  Buffer<W> c0_, c1_, coef_, digits_, sums_, scratch_, work_;
+  std::vector<const W*> rows_;  // [row][digit] pointers of the last decomposition
+};
+
+extern template class Engine<u32>;
+extern template class Engine<u64>;
+extern template struct Chain<u32>;
+extern template struct Chain<u64>;
+
+}  // namespace blindtail

@@ -1,0 +1,255 @@
+#include "tail.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <stdexcept>
+
+#include "body.hpp"
+#include "seeds.hpp"
+
+namespace blindtail {
+
+namespace {
+
+template <class W>
+class LoadedKeysOf final : public Tail::LoadedKeys {
+ public:
+  Keys<W> keys;
+};
+
+template <class W>
+class TicketOf final : public Tail::Ticket {
+ public:
+  std::size_t bytes() const override { return words.size() * sizeof(W); }
+
+  Buffer<W> words;
+  std::uint8_t seed[kSeedBytes];
+  u64 keys = 0;
+};
+
+template <class W>
+class TailOf final : public Tail {
+ public:
+  /// `instructions` for both tables; 64-bit words have portable kernels alone.
+  TailOf(int log_n, std::span<const u64> primes, const char* instructions)
+      : primes_(primes.begin(), primes.end()),
+        codec_(codec_kernels(instructions)),
+        engine_(log_n, primes, kBits<W> == 32 ? instructions : nullptr),
+        encoder_(log_n, codec_) {}
+
+  void add_map(const MapDescription& map) override {
+    const std::size_t slots = n() / 2;
+    if (map.level < 1 || map.level + 2 > primes_.size()) throw std::invalid_argument("a map's level");
+    if (map.diagonals.size() % slots || map.bias.size() != slots)
+      throw std::invalid_argument("a map's slots");
+    MapStep<W> step;
+    step.level = map.level;
+    step.babies = map.babies;
+    step.giant = map.giant;
+    step.folds = map.folds;
+    for (const auto& giant : map.giants) {
+      auto& terms = step.giants.emplace_back();
+      for (const auto& [baby, diagonal] : giant) terms.push_back({baby, diagonal});
+    }
+    step.diagonals = map.diagonals.size() / slots;
+    step.plain = Buffer<W>((map.level + 2) * step.diagonals * n());
+    std::vector<W*> rows(map.level + 2);
+    for (std::size_t d = 0; d < step.diagonals; ++d) {
+      for (std::size_t row = 0; row < rows.size(); ++row)
+        rows[row] = step.plain.data() + (row * step.diagonals + d) * n();
+      encode(map.diagonals.subspan(d * slots, slots), map.plain_scale, map.level, true, rows);
+      for (std::size_t row = 0; row < rows.size(); ++row) {
+        const Prime<W>& prime = this->prime(row, map.level);
+        chain().k.scale(prime, rows[row], rows[row], prime.mod.square);
+      }
+    }
+    step.bias = Buffer<W>(map.level * n());
+    rows.resize(map.level);
+    for (std::size_t row = 0; row < rows.size(); ++row) rows[row] = step.bias.data() + row * n();
+    encode(map.bias, map.bias_scale, map.level - 1, false, rows);
+    if (map.level == 1) chain().k.intt(chain().primes[0], rows[0], rows[0]);  // replies are coefficients
+    plain_bytes_ += (step.plain.size() + step.bias.size()) * sizeof(W);
+    engine_.add_map(std::move(step));
+  }
+
+  void add_square(std::size_t level) override { engine_.add_square(level); }
+
+  void finish(std::size_t period, int dropped) override {
+    engine_.finish();
+    reply_ = {primes_[0], n(), period, dropped};
+    reply_.check(kBits<W>);
+  }
+
+  int word_bits() const override { return kBits<W>; }
+  const char* instructions() const override { return chain().k.name; }
+  std::size_t plain_bytes() const override { return plain_bytes_; }
+
+  std::size_t key_bytes(std::size_t level) const override {
+    return 2 * (level + 2) * (level + 1) * n() * sizeof(W);
+  }
+
+  void prepare_key(KeyShape shape, std::span<const std::uint8_t> body,
+                   std::span<std::uint8_t> out) const override {
+    const std::size_t level = shape.level, rows = level + 2;
+    if (level + 2 > primes_.size() || out.size() != key_bytes(level))
+      throw std::invalid_argument("a key's level");
+    // The sum of digits times key is turned once, at the end: the key is kept turned back.
+    const u32 mask = static_cast<u32>(2 * n() - 1);
+    u32 inverse = 1;  // the group of odd numbers modulo 2N has an order that divides N / 2
+    if (shape.element > 1)
+      for (std::size_t i = 0; i + 1 < n() / 2; ++i)
+        inverse = static_cast<u32>((u64{inverse} * shape.element) & mask);
+    const Automorphism back(inverse, chain().log_n);
+    std::vector<u64> list;
+    for (std::size_t row = 0; row < rows; ++row)
+      list.push_back(primes_[row <= level ? row : primes_.size() - 1]);
+    Buffer<W> words(2 * rows * n()), line(n());
+    std::vector<W*> c0(rows), c1(primes_.size(), nullptr);
+    for (std::size_t row = 0; row < rows; ++row) {
+      c0[row] = words.data() + row * n();
+      c1[row <= level ? row : primes_.size() - 1] = words.data() + (rows + row) * n();
+    }
+    const std::size_t size = seeded_bytes(list, n());
+    if (body.size() != size * (level + 1)) throw BodyError("a key's bytes are not those of its level");
+    std::size_t at = 0;
+    for (std::size_t digit = 0; digit <= level; ++digit) {
+      std::uint8_t seed[kSeedBytes];
+      parse_seeded<W>(body.subspan(at, size), list, n(), seed, c0.data(), codec_);
+      at += size;
+      // The seed of a key covers all key primes, whatever its level.
+      expand_seed<W>(seed, primes_, n(), c1.data(), codec_);
+      for (std::size_t row = 0; row < rows; ++row)
+        for (std::size_t half = 0; half < 2; ++half) {
+          const Prime<W>& prime = this->prime(row, level);
+          W* from = words.data() + (half * rows + row) * n();
+          chain().k.scale(prime, line.data(), from, prime.mod.square);
+          if (shape.element > 1)
+            chain().k.permute(back, from, line.data(), n());
+          else
+            std::memcpy(from, line.data(), n() * sizeof(W));
+          const std::size_t to = ((row * (level + 1) + digit) * 2 + half) * n() * sizeof(W);
+          std::memcpy(out.data() + to, from, n() * sizeof(W));
+        }
+    }
+  }
+
+  std::unique_ptr<LoadedKeys> load_keys(const std::vector<StoredKey>& stored) const override {
+    auto loaded = std::make_unique<LoadedKeysOf<W>>();
+    for (const StoredKey& key : stored) {
+      if (key.bytes.size() != key_bytes(key.shape.level) ||
+          reinterpret_cast<std::uintptr_t>(key.bytes.data()) % 64)
+        throw std::invalid_argument("a prepared key's size or alignment");
+      loaded->keys[key.shape.element] = {key.shape.level, reinterpret_cast<const W*>(key.bytes.data())};
+    }
+    return loaded;
+  }
+
+  std::vector<std::uint8_t> evaluate(const LoadedKeys& keys, std::span<const std::uint8_t> body,
+                                     std::size_t threads) override {
+    const std::lock_guard lock(mutex_);
+    std::uint8_t seed[kSeedBytes];
+    read(body, seed);
+    expand(seed);
+    engine_.run(typed(keys), threads);
+    return write_reply<W>(reply_, engine_.output(0), engine_.output(1));
+  }
+
+  std::unique_ptr<Ticket> make_ticket(const LoadedKeys& keys, std::span<const std::uint8_t> seed,
+                                      std::size_t threads) override {
+    if (seed.size() != kSeedBytes) throw std::invalid_argument("a seed has 64 bytes");
+    const std::lock_guard lock(mutex_);
+    auto made = std::make_unique<TicketOf<W>>();
+    made->words = Buffer<W>(engine_.ticket_words());
+    made->keys = keys.id;
+    std::copy(seed.begin(), seed.end(), made->seed);
+    expand(made->seed);
+    engine_.make_ticket(typed(keys), threads, made->words.data());
+    return made;
+  }
+
+  std::vector<std::uint8_t> evaluate(const LoadedKeys& keys, std::span<const std::uint8_t> body,
+                                     std::size_t threads, const Ticket& ticket) override {
+    const auto* mine = dynamic_cast<const TicketOf<W>*>(&ticket);
+    if (mine == nullptr || mine->words.size() != engine_.ticket_words() || mine->keys != keys.id)
+      throw std::invalid_argument("a ticket of another tail or of other keys");
+    const std::lock_guard lock(mutex_);
+    std::uint8_t seed[kSeedBytes];
+    read(body, seed);
+    if (!std::equal(seed, seed + kSeedBytes, mine->seed))
+      throw std::invalid_argument("a ticket of another request");
+    engine_.run_ticket(typed(keys), threads, mine->words.data());
+    return write_reply<W>(reply_, engine_.output(0), engine_.output(1));
+  }
+
+  std::vector<u64> evaluate_residues(const LoadedKeys& keys, std::span<const u64> c0, std::span<const u64> c1,
+                                     std::size_t threads) override {
+    const std::lock_guard lock(mutex_);
+    const std::size_t words = (engine_.input_level() + 1) * n();
+    if (c0.size() != words || c1.size() != words) throw std::invalid_argument("a ciphertext's size");
+    std::copy(c0.begin(), c0.end(), engine_.input(0, 0));
+    std::copy(c1.begin(), c1.end(), engine_.input(1, 0));
+    engine_.run(typed(keys), threads);
+    std::vector<u64> out(engine_.output(0), engine_.output(0) + n());
+    out.insert(out.end(), engine_.output(1), engine_.output(1) + n());
+    return out;
+  }
+
+ private:
+  /// The body's c0 to where a run reads it; its seed.
+  void read(std::span<const std::uint8_t> body, std::uint8_t* seed) {
+    rows_.clear();
+    for (std::size_t j = 0; j <= engine_.input_level(); ++j) rows_.push_back(engine_.input(0, j));
+    parse_seeded<W>(body, {primes_.data(), rows_.size()}, n(), seed, rows_.data(), codec_);
+  }
+  void expand(const std::uint8_t* seed) {
+    rows_.clear();
+    for (std::size_t j = 0; j <= engine_.input_level(); ++j) rows_.push_back(engine_.input(1, j));
+    expand_seed<W>(seed, {primes_.data(), rows_.size()}, n(), rows_.data(), codec_);
+  }
+  const Chain<W>& chain() const { return engine_.chain(); }
+  std::size_t n() const { return chain().n; }
+  const Prime<W>& prime(std::size_t row, std::size_t level) const {
+    return chain().primes[row <= level ? row : chain().special()];
+  }
+  const Keys<W>& typed(const LoadedKeys& keys) const {
+    const auto* mine = dynamic_cast<const LoadedKeysOf<W>*>(&keys);
+    if (mine == nullptr) throw std::invalid_argument("keys of another word size");
+    return mine->keys;
+  }
+  void encode(std::span<const double> slots, double scale, std::size_t level, bool special,
+              std::vector<W*>& rows) {
+    std::vector<const Prime<W>*> list;
+    for (std::size_t row = 0; row < level + (special ? 2 : 1); ++row) list.push_back(&prime(row, level));
+    encoder_.encode(slots.data(), nullptr, scale, list, &chain().k, rows.data());
+  }
+
+  std::vector<u64> primes_;
+  const CodecKernels& codec_;
+  Engine<W> engine_;
+  Encoder<W> encoder_;
+  std::mutex mutex_;
+  std::vector<W*> rows_;
+  std::size_t plain_bytes_ = 0;
+  ReplyShape reply_{};
+};
+
+}  // namespace
+
+u64 Tail::LoadedKeys::next_id() {
+  static std::atomic<u64> next{1};
+  return next.fetch_add(1, std::memory_order_relaxed);
+}
+
+std::unique_ptr<Tail> make_tail(int log_n, std::span<const u64> primes, const char* instructions,
+                                int word_bits) {
+  if (primes.empty()) throw std::invalid_argument("no primes");
+  const auto [low, high] = std::minmax_element(primes.begin(), primes.end());
+  const bool narrow = *high < (u64{1} << 30) && *high < 2 * *low;
+  if (word_bits == 0) word_bits = narrow ? 32 : 64;
+  if (word_bits == 32) return std::make_unique<TailOf<u32>>(log_n, primes, instructions);
+  if (word_bits == 64) return std::make_unique<TailOf<u64>>(log_n, primes, instructions);
+  throw std::invalid_argument("words have 32 or 64 bits");
+}
+
+}  // namespace blindtail

@@ -1,0 +1,95 @@
+// A program's evaluator from container body to container body: parsing, the engine, the reply.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <vector>
+
+#include "encoder.hpp"
+#include "engine.hpp"
+
+namespace blindtail {
+
+/// What a key of a key container is: Galois element (0: relinearisation) and its level.
+struct KeyShape {
+  u32 element = 0;
+  std::size_t level = 0;
+};
+
+/// Prepared keys in memory that somebody else owns: one block of `Tail::key_bytes` for each shape.
+struct StoredKey {
+  KeyShape shape;
+  std::span<const std::uint8_t> bytes;
+};
+
+/// An affine map as the compiler describes it; slots are doubles, one row of N/2 for each diagonal.
+struct MapDescription {
+  std::size_t level = 0;
+  std::vector<u32> babies;
+  std::vector<std::vector<std::pair<std::size_t, std::size_t>>> giants;  // (baby, diagonal) by giant step
+  u32 giant = 1;
+  std::vector<std::vector<u32>> folds;
+  std::span<const double> diagonals;
+  double plain_scale = 1;
+  std::span<const double> bias;
+  double bias_scale = 1;
+};
+
+/// The two word types behind one face. Throws std::invalid_argument for what cannot be, BodyError for
+/// bytes that are not what the program expects.
+class Tail {
+ public:
+  class LoadedKeys {
+   public:
+    virtual ~LoadedKeys() = default;
+    /// No two in a process have the same: a ticket knows the keys it was made with.
+    const u64 id = next_id();
+
+   private:
+    static u64 next_id();
+  };
+
+  /// What of one request was computed ahead, from its seed.
+  class Ticket {
+   public:
+    virtual ~Ticket() = default;
+    virtual std::size_t bytes() const = 0;
+  };
+
+  virtual ~Tail() = default;
+  /// The maps and squares in their order, then `finish`. period, dropped: the reply's form.
+  virtual void add_map(const MapDescription& map) = 0;
+  virtual void add_square(std::size_t level) = 0;
+  virtual void finish(std::size_t period, int dropped) = 0;
+
+  virtual int word_bits() const = 0;
+  virtual const char* instructions() const = 0;
+  virtual std::size_t plain_bytes() const = 0;
+
+  /// Bytes of one prepared key, a multiple of 64.
+  virtual std::size_t key_bytes(std::size_t level) const = 0;
+  /// From a key's part of a key container to its prepared form; the sizes must be exact.
+  virtual void prepare_key(KeyShape shape, std::span<const std::uint8_t> body,
+                           std::span<std::uint8_t> out) const = 0;
+  virtual std::unique_ptr<LoadedKeys> load_keys(const std::vector<StoredKey>& stored) const = 0;
+
+  /// Body of a ciphertext container -> body of a reply container. Thread-safe: one at a time.
+  virtual std::vector<std::uint8_t> evaluate(const LoadedKeys& keys, std::span<const std::uint8_t> body,
+                                             std::size_t threads) = 0;
+  /// With a ticket: the same reply, sooner. The body's seed must be the ticket's, and the keys the same.
+  virtual std::unique_ptr<Ticket> make_ticket(const LoadedKeys& keys, std::span<const std::uint8_t> seed,
+                                              std::size_t threads) = 0;
+  virtual std::vector<std::uint8_t> evaluate(const LoadedKeys& keys, std::span<const std::uint8_t> body,
+                                             std::size_t threads, const Ticket& ticket) = 0;
+  /// The same between residues, for tests: c0, c1 in NTT form, (level + 1) * N words each -> 2 N words.
+  virtual std::vector<u64> evaluate_residues(const LoadedKeys& keys, std::span<const u64> c0,
+                                             std::span<const u64> c1, std::size_t threads) = 0;
+};
+
+/// 32-bit words where all primes allow it, else 64. Primes: data primes, then the special one.
+std::unique_ptr<Tail> make_tail(int log_n, std::span<const u64> primes, const char* instructions,
+                                int word_bits);
+
+}  // namespace blindtail

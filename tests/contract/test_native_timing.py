@@ -1,0 +1,31 @@
+"""The native module's own clock: every part gives as many times as asked for."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench import kernels
+from blindtail.he.params import Parameters
+
+native = pytest.importorskip("blindtail.he._native")
+
+
+@pytest.mark.parametrize("word_bits", [32, 64])
+def test_every_part_is_timed(word_bits: int) -> None:
+    primes = list(Parameters.create(kernels.LEVELS[4096], 4096).key_primes)
+    timer = native.Timer(12, primes, word_bits=word_bits, rotations=3)
+    for part in ("ntt", "inverse", "automorphism", "rotation", "hoisted", "shared", "square"):
+        seconds = timer.run(part, 4)
+        assert len(seconds) == 4
+        assert all(0 < s < 1 for s in seconds)
+    assert min(timer.run("shared", 3)) > min(timer.run("ntt", 3))
+    with pytest.raises(ValueError, match="no such part"):
+        timer.run("nothing", 1)
+
+
+def test_plans_that_cannot_be_are_refused() -> None:
+    primes = list(Parameters.create(2, 8192).key_primes)  # three data primes: a plan ends in a map at level 1
+    with pytest.raises(ValueError, match="even number of data primes"):
+        native.Timer(13, primes)
+    with pytest.raises(ValueError, match="at least one rotation"):
+        native.Timer(12, list(Parameters.create(1, 4096).key_primes), rotations=0)
