@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="he: a rival (pyhelayers, orion-v2) and its interpreter; may be repeated",
     )
     parser.add_argument("--threads", type=_threads, default=1, help="he: native threads of one evaluation")
-    parser.add_argument("--nets", help="he: some of A,B,C,demo  [default: all]")
+    parser.add_argument("--nets", help="he: some of A,B,C,D,demo  [default: all]")
     args = parser.parse_args(arguments)
     if args.name == "list":
         print("\n".join(names()))

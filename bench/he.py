@@ -24,12 +24,15 @@ import numpy as np
 from bench.ahead import ticket_rows, ticket_runs
 from bench.interleave import Run, clocked, cores, interleaved, median_ratio, pin_workers, pinned, summary
 from bench.peers.child import PEERS, Description, Peer, PeerFailed, own
-from bench.peers.protocol import Part, Task
+from bench.peers.protocol import Part as PeerPart
+from bench.peers.protocol import Task
 from bench.rows import Row, row
 from bench.tails import Client, Conv, Net, nets
 from blindtail.errors import ConfigError, ModelError
 from blindtail.he.backends import settle
+from blindtail.he.calibration import Calibration, calibrate
 from blindtail.he.compiler import compile_tail
+from blindtail.he.cost import Part
 from blindtail.he.layers import Affine, FloatArray, evaluate_clear, squares_only
 from blindtail.he.program import Program
 from blindtail.he.slotmaps import power_of_two
@@ -47,7 +50,7 @@ SOURCES = (
 #: It pins itself: one core a thread.
 PIN_CPU = False
 
-NETS = ("A", "B", "C", "demo")
+NETS = ("A", "B", "C", "D", "demo")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ TARGETS = {
     "A": Target(0.020, 185_000, 45_000_000),
     "B": Target(0.006, 123_500, 15_000_000),
     "C": Target(0.016, 185_000, 30_000_000),
+    "D": Target(0.020, 185_000, 45_000_000),
 }
 ENCRYPT_S, DECRYPT_S = 0.008, 0.003
 #: Largest error of a logit, over max(1, max |logit|).
@@ -72,6 +76,7 @@ ERROR = 2e-3
 TWO_THREADS = 0.9
 #: Predicted seconds are at most this far off, or twice the machine's noise.
 PREDICTED = 0.10
+CALIBRATION_S = 1.0
 #: TenSEAL's parameters for them, as its users run it.
 TENSEAL = {
     "A": (8192, [31, 26, 26, 26, 26, 26, 26, 31]),
@@ -118,7 +123,7 @@ def parse_peers(told: Sequence[str]) -> dict[str, str]:
 def task_of(net: Net, threads: int, on: Sequence[int]) -> Task:
     """The net as a child reads it."""
     parts = tuple(
-        Part(p.weight, p.bias, p.stride, p.side) if isinstance(p, Conv) else Part(p.weight, p.bias)
+        PeerPart(p.weight, p.bias, p.stride, p.side) if isinstance(p, Conv) else PeerPart(p.weight, p.bias)
         for p in net.parts
     )
     return Task(net.name, parts, net.inputs, threads, tuple(on))
@@ -149,6 +154,7 @@ def _net(
     spec, x = program.spec, net.inputs
     want = evaluate_clear(squares_only(net.layers), x)
     ours = settle("auto")
+    costs = calibrate(spec.parameters) if ours == "native" else None
     client = Client.of(program, *dict.fromkeys((ours, "seal")), threads=threads)
     requests = [client.encryptor.encrypt(values) for values in x]
     with pin_workers(on):  # threads are born with the first evaluation
@@ -197,7 +203,7 @@ def _net(
     if full is not None:
         made.append(_amortised(net.name, full, seconds["lanes"]))
     if threads == 1:
-        made.append(_predicted(net.name, program, ours, seconds[ours], noise))
+        made += _predicted(net.name, program, ours, costs, seconds, noise)
     made += _ratios(net.name, measured, seconds, ours)
     made.append(
         row(
@@ -280,16 +286,29 @@ def _edge(net: str, seconds: dict[str, list[float]], described: dict[str, Descri
         )
 
 
-def _predicted(net: str, program: Program, ours: str, seconds: list[float], noise: float) -> Row:
-    predicted, value = program.predicted_s(ours), statistics.median(seconds)
-    return row(
-        f"{net}: predicted seconds off measured, {ours}",
-        abs(predicted / value - 1),
-        "1",
-        target=max(PREDICTED, 2 * noise),
-        n=len(seconds),
-        note=f"predicted {predicted:.4g} s, measured {value:.4g} s",
-    )
+def _predicted(
+    net: str,
+    program: Program,
+    ours: str,
+    costs: Calibration | None,
+    seconds: dict[str, list[float]],
+    noise: float,
+) -> Iterator[Row]:
+    """Operation counts times what was measured before the runs, beside the runs."""
+    parts: list[tuple[str, Part, str]] = [(ours, "total", "")]
+    parts += [("online", "online", " with a ticket")] if "online" in seconds else []
+    for name, part, how in parts:
+        predicted, value = program.predicted_s(ours, costs, part), statistics.median(seconds[name])
+        yield row(
+            f"{net}: predicted seconds off measured, {ours}{how}",
+            abs(predicted / value - 1),
+            "1",
+            target=max(PREDICTED, 2 * noise) if part == "total" else None,
+            n=len(seconds[name]),
+            note=f"predicted {predicted:.4g} s, measured {value:.4g} s",
+        )
+    if costs is not None:
+        yield row(f"{net}: calibration, {ours}", costs.took_s, "s", target=CALIBRATION_S)
 
 
 def _ratios(
@@ -312,22 +331,27 @@ def _ratios(
 def _full_lanes(
     net: Net, program: Program, threads: int, on: Sequence[int]
 ) -> tuple[Program, Client, bytes] | None:
-    """The tail with as many lanes as its ring takes, a client, and a full request; None when it is one."""
+    """The tail with the lanes that take least predicted time an image, a client, and a full request.
+
+    None when that is one lane.
+    """
     parameters = program.spec.parameters
-    lanes = 2 * parameters.slots // power_of_two(min(len(p.bias) for p in net.parts))
+    lanes, best = 2 * parameters.slots // power_of_two(min(len(p.bias) for p in net.parts)), program
     while lanes > 1:
         try:
             made = compile_tail(net.layers, net.calibration, lanes=lanes, ring_degree=parameters.ring_degree)
         except ModelError:
-            lanes //= 2
-            continue
-        client = Client.of(made, threads=threads)
-        images = net.calibration[np.arange(lanes) % len(net.calibration)]
-        request = client.encryptor.encrypt(images)
-        with pin_workers(on):
-            client.evaluator.evaluate(client.keys, request)
-        return made, client, request
-    return None
+            made = program
+        best = min(best, made, key=lambda p: p.predicted_s("native") / p.spec.lanes)
+        lanes //= 2
+    if best is program:
+        return None
+    client = Client.of(best, threads=threads)
+    images = net.calibration[np.arange(best.spec.lanes) % len(net.calibration)]
+    request = client.encryptor.encrypt(images)
+    with pin_workers(on):
+        client.evaluator.evaluate(client.keys, request)
+    return best, client, request
 
 
 def _amortised(net: str, full: tuple[Program, Client, bytes], seconds: list[float]) -> Row:

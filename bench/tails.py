@@ -73,8 +73,10 @@ class Net:
         return made
 
 
-#: Widths of the fully connected ones; A's first layer is a convolution before them.
-WIDTHS = {"A": (256, 64, 10), "B": (512, 128, 10), "C": (784, 128, 128, 10)}
+#: Widths of the fully connected ones; A's and D's first layer is a convolution before them.
+WIDTHS = {"A": (256, 64, 10), "B": (512, 128, 10), "C": (784, 128, 128, 10), "D": (980, 100, 10)}
+#: Channels, side of a window and stride of that convolution on 28 x 28 pixels.
+CONVOLUTIONS = {"A": (4, 7, 3), "D": (5, 2, 2)}
 DEMO = "demo"
 _INPUTS = 20
 
@@ -90,12 +92,14 @@ def nets(names: Sequence[str]) -> Iterator[tuple[Net, Program]]:
 
 
 def dense_or_conv(name: str) -> Net:
-    """A, B or C. Raises `KeyError` for another name."""
+    """A, B, C or D. Raises `KeyError` for another name."""
     parts: list[Conv | Affine] = [p for p in random_layers(WIDTHS[name]) if isinstance(p, Affine)]
     features = WIDTHS[name][0]
-    if name == "A":
+    if name in CONVOLUTIONS:
+        channels, side, stride = CONVOLUTIONS[name]
         rng = np.random.default_rng(3)
-        parts.insert(0, Conv(rng.normal(size=(4, 1, 7, 7)) / 7, rng.normal(size=4) / 8, 3, 28))
+        weight = rng.normal(size=(channels, 1, side, side)) / side
+        parts.insert(0, Conv(weight, rng.normal(size=channels) / 8, stride, 28))
         features = 784
     calibration = np.random.default_rng(1).uniform(0, 1, (200, features))
     return Net(name, tuple(parts), calibration, calibration[:_INPUTS])

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from blindtail.errors import BlindtailError, BundleError, ModelError
 from blindtail.he.spec import canonical_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_FILE_BYTES = 1 << 30
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_MEMBERS = 257

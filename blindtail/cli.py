@@ -34,8 +34,10 @@ is sure enough, the activation is encrypted and the tail, held by someone else,
 is evaluated on the ciphertext.
 
 \b
-  model owner      blindtail train     make edge.bt and cloud.bt
+  model owner      blindtail lint      what of a network can run encrypted, and where to cut
+                   blindtail train     make edge.bt and cloud.bt
                    blindtail inspect   what a .bt file costs to run
+                   blindtail plan      what else it could cost
                    blindtail verify    encrypted against clear answers
   operator         blindtail certs     make certificates for mutual TLS
                    blindtail cloud     serve tails

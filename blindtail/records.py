@@ -127,7 +127,8 @@ class Answer:
     fallback  None, or why the best exit answered instead of the tail
               ("deadline", "unavailable", "overloaded", "session", "keys", "evaluation", "refused")
     extra     "cut" of an offload, "policy_version" of an orchestrator's policy, "ticket" = 1 when
-              the cloud had done most of the evaluation ahead
+              the cloud had done most of the evaluation ahead; "activation_range", "logit_range":
+              multiple of the calibrated range where values lie outside it (`edge.ranges`)
     """
 
     label: int

@@ -31,7 +31,14 @@ from blindtail.metrics import CloudMetrics, EvaluatorCounters, expiry, serve_met
 from cloud.config import CloudConfig
 from cloud.control import CellControl
 from cloud.engine import Evaluated, makes_tickets
-from cloud.evaluator import EvaluatorActor, Outcome, end_without_raylet, error_outcome, raise_outcome
+from cloud.evaluator import (
+    EvaluatorActor,
+    Outcome,
+    end_without_raylet,
+    error_outcome,
+    in_pieces,
+    raise_outcome,
+)
 from cloud.evaluators import EvaluatorCrashed, EvaluatorGone, Member, Pool, TicketWork, Work
 from cloud.fleet import tag
 from cloud.gateway import Gateway
@@ -73,7 +80,8 @@ class RayMember:
             self.dead.set_result(None)
 
     async def evaluate(self, work: Work) -> Evaluated:
-        outcome = await self._call("evaluate", work.program_id, str(work.keys), work.container, work.ticket)
+        pieces = in_pieces(work.container)
+        outcome = await self._call("evaluate", work.program_id, str(work.keys), work.ticket, *pieces)
         self._heard(outcome)
         return Evaluated(*outcome[1])
 

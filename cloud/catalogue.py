@@ -41,7 +41,6 @@ class Entry:
     program: Program
     container_bytes: int
     key_bytes: int
-    predicted_s: float
 
     @property
     def program_id(self) -> str:
@@ -66,7 +65,7 @@ class Version:
 
     @classmethod
     def of(cls, bundle: CloudBundle, backend: str) -> Version:
-        """Sizes and predicted seconds of every program: takes a while, needs no event loop."""
+        """With the sizes of every program."""
         entries = {}
         for cut, program in sorted(bundle.programs.items()):
             spec = program.spec
@@ -77,7 +76,6 @@ class Version:
                 program,
                 container_bytes(spec, backend),
                 spec.key_bytes,
-                program.predicted_s(backend),
             )
         return cls(bundle.model, bundle.version, MappingProxyType(entries))
 

@@ -85,6 +85,8 @@ class CloudConfig:
     drain_grace_s         how long a cell that ends goes on answering until its edges have moved
     threads               native threads of one evaluator
     loaded_keys_bytes     memory for keys that one evaluator keeps loaded
+    calibrate_s           seconds for measuring, at the start, what evaluations will take (`native`); kept in
+                          state_dir. 0 = go by a reference processor until evaluations were measured
     tls                   needed to listen on anything but loopback; files are read again when they change
     roles                 identity -> role, for certificates of another authority: {"cn:alice" = "operator"}
     """
@@ -99,6 +101,7 @@ class CloudConfig:
     advertise: str = ""
     threads: int = 1
     loaded_keys_bytes: int = 1_000_000_000
+    calibrate_s: float = 1.0
     others: tuple[str, ...] = ()
     peers: tuple[str, ...] = ()
     replicas: int = 1
@@ -150,6 +153,8 @@ class CloudConfig:
         for name, value in positive.items():
             if not value > 0:
                 raise ConfigError(f"{name} must be above zero, not {value}")
+        if not 0 <= self.calibrate_s <= 60:
+            raise ConfigError(f"calibrate_s must be 0 (off) to 60, not {self.calibrate_s}")
         if not 0 <= self.tickets.per_identity <= 1024:
             raise ConfigError(
                 f"tickets.per_identity must be 0 (off) to 1024, not {self.tickets.per_identity}"

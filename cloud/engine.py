@@ -44,12 +44,18 @@ class Engine:
     memory of loaded keys; at least one set stays. `threads`: of one evaluation, where the
     backend has a choice. Tickets are held until they are used or dropped, or until their
     keys or their program go: how many there are is whose business it is who orders them.
+    `weights`: folder for encoded weights that all engines of a node share; None = memory of its own.
     """
 
     def __init__(
-        self, programs: Mapping[str, Program], backend: str, loaded_keys_bytes: int, threads: int = 1
+        self,
+        programs: Mapping[str, Program],
+        backend: str,
+        loaded_keys_bytes: int,
+        threads: int = 1,
+        weights: Path | None = None,
     ) -> None:
-        self._backend, self._threads = backend, threads
+        self._backend, self._threads, self._weights = backend, threads, weights
         self._evaluators: dict[str, Evaluator] = {}
         for name, program in programs.items():
             self.load(name, program)
@@ -76,10 +82,11 @@ class Engine:
         return self._evaluators.keys()
 
     def load(self, name: str, program: Program) -> None:
-        """Encodes a program's weights, which takes as long as some evaluations."""
+        """Encodes a program's weights, which takes as long as some evaluations, or maps them."""
         if name not in self._evaluators:
             edges = replace(program.spec, program_id=_edges_id(name))
-            self._evaluators[name] = open_evaluator(self._backend, Program(edges, program.ops), self._threads)
+            stand_in = Program(edges, program.ops)
+            self._evaluators[name] = open_evaluator(self._backend, stand_in, self._threads, self._weights)
 
     def unload(self, name: str) -> None:
         """Forgets a program, and keys that no other program here is for."""

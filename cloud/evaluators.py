@@ -186,7 +186,10 @@ class LocalMember:
 
 
 class LocalPool(Pool):
-    """`count` evaluators in this process, one thread each. For tests and single-process use."""
+    """`count` evaluators in this process, one thread each. For tests and single-process use.
+
+    `weights`: see `cloud.engine`.
+    """
 
     def __init__(
         self,
@@ -195,8 +198,10 @@ class LocalPool(Pool):
         count: int,
         loaded_keys_bytes: int,
         threads: int = 1,
+        weights: Path | None = None,
     ) -> None:
         super().__init__()
+        self._weights = weights
         self._programs, self._backend = dict(programs), backend
         self.makes_tickets = makes_tickets(backend)
         self._count, self._loaded_keys_bytes, self._threads = count, loaded_keys_bytes, threads
@@ -211,7 +216,9 @@ class LocalPool(Pool):
 
     async def start(self) -> None:
         def engine() -> Engine:
-            return Engine(self._programs, self._backend, self._loaded_keys_bytes, self._threads)
+            return Engine(
+                self._programs, self._backend, self._loaded_keys_bytes, self._threads, self._weights
+            )
 
         for index in range(self._count):
             name = f"evaluator-{index}"

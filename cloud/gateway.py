@@ -31,6 +31,7 @@ from blindtail.wire import (
 )
 from cloud.ahead import Ahead
 from cloud.config import CloudConfig
+from cloud.costs import Costs
 from cloud.drain import Drain
 from cloud.evaluators import Pool, Work
 from cloud.keystore import KeyStore
@@ -71,12 +72,14 @@ class Gateway:
             store.tidy(self.registry.catalogue)
             for entry in self.registry.entries:
                 self.keys.know(entry)
+            self.keys.tidy()
         except BaseException:
             self.keys.release()
             raise
         self._notes = store.notes
         self.pool = pool_of(self.registry)
-        self._predict = Predictor(self.registry.predicted_s)
+        self.costs = Costs(config.state_dir, config.backend, config.threads, config.calibrate_s)
+        self._predict = Predictor(self._expected_s)
         self.queue = Queue(self.pool, config.queue, self._predict, clock, on_wait=metrics.waited)
         self.sessions = Sessions(config.sessions, clock)
         self.models = Rollout(
@@ -86,6 +89,7 @@ class Gateway:
             self.pool,
             sessions_of=self.sessions.count,
             forget=self._forget_program,
+            measure=lambda programs: self.costs.measure(programs),
         )
         self.models.forget_withdrawn()
         self.exchange = KeyExchange(
@@ -129,6 +133,8 @@ class Gateway:
         """Returns when the evaluators are up."""
         for note in self._notes:
             _log.warning("%s", note)
+        # Alone on the machine, as far as this cell is concerned: evaluators come after it.
+        await asyncio.to_thread(self.costs.measure, list(self.registry.programs.values()))
         await self.pool.start()
         self.exchange.start()
         self._sweeper = asyncio.create_task(self._sweep())
@@ -210,6 +216,11 @@ class Gateway:
         if not self.registry.answers_itself(entry):
             return TicketsTaken(0, 0)
         return self.ahead.offer(session, entry, offer.seeds)
+
+    def _expected_s(self, name: str) -> float:
+        """Of one evaluation of a serving that none was measured of."""
+        program = self.registry.program(name)
+        return 0.0 if program is None else self.costs.predicted_s(program)
 
     def _forget_program(self, name: str) -> None:
         """A program is served no more."""

@@ -1,10 +1,11 @@
-"""Where a cell's evaluation keys lie on disk.
+"""Where a cell's evaluation keys lie on disk, and programs in the forms that its processes read.
 
     STATE/lock                   held while a cell runs on this directory
     STATE/programs/ID.bt         what the checking process needs of a program
     STATE/BACKEND/partial/NAME   bytes that have arrived, in order; resumable
     STATE/BACKEND/ready/NAME     prepared keys: whole or absent (renamed into place)
     STATE/BACKEND/raw/NAME       the container that they were made of, for other cells
+    STATE/BACKEND/encoded/ID.*   a program's weights as evaluators map them: `blindtail.he.encoded`
 
 A NAME is 64 hexadecimal digits: 16 of the program's id, then 48 of a hash over
 (identity, program, SHA-256 of the container). So the files of a program can be
@@ -17,13 +18,14 @@ import fcntl
 import hashlib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from blindtail.bundle import CloudBundle
 from blindtail.errors import BlindtailError, ConfigError
+from blindtail.he import encoded
 from cloud.registry import Entry
 
 _log = logging.getLogger(__name__)
@@ -33,6 +35,11 @@ _PROGRAM_DIGITS, _NAME_DIGITS = 16, 64
 def program_path(root: Path, program_id: str) -> Path:
     """Where evaluators and checks find one program below the state directory `root`."""
     return root / "programs" / f"{program_id}.bt"
+
+
+def encoded_folder(root: Path, backend: str) -> Path:
+    """Where evaluators share encoded weights, below the state directory `root`."""
+    return root / backend / "encoded"
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class KeyFolder:
         self._root = root
         self._programs = root / "programs"
         self._partial, self._ready, self._raw = (root / backend / n for n in ("partial", "ready", "raw"))
+        self._encoded = encoded_folder(root, backend)
         self._lock = self._open()
         try:
             for entry in entries:
@@ -98,7 +106,20 @@ class KeyFolder:
             raise ConfigError(f"cannot write to the state directory {self._root}: {error}") from error
 
     def drop_program(self, program_id: str) -> None:
+        """Evaluators that map its weights keep them until they unload it."""
         _unlink(self.program(program_id))
+        for path in self._encoded.glob(f"{program_id}.*"):
+            _unlink(path)
+
+    def tidy(self, program_ids: Collection[str], *, starting: bool = False) -> None:
+        """Removes encoded weights of other programs and formats than evaluators here may ask for.
+
+        starting  files that nobody finished writing too: no evaluator of this cell runs yet
+        """
+        for path in self._encoded.glob("*"):
+            of = encoded.program_of(path.name)
+            if of not in program_ids and (of is not None or starting or not path.name.startswith(".")):
+                _unlink(path)
 
     def keep(self, name: str) -> int:
         """The check has passed: the upload becomes the container kept beside the prepared keys.
@@ -140,7 +161,7 @@ class KeyFolder:
     def _open(self) -> IO[bytes]:
         root = self._root
         try:
-            for folder in (root, self._programs, self._partial, self._ready, self._raw):
+            for folder in (root, self._programs, self._partial, self._ready, self._raw, self._encoded):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = open(root / "lock", "wb")  # noqa: SIM115
         except OSError as error:
@@ -178,4 +199,4 @@ def _unlink(path: Path) -> None:
         _log.error("cannot remove a file of the key store: %s", error.strerror)
 
 
-__all__ = ["Found", "KeyFolder", "write_at"]
+__all__ = ["Found", "KeyFolder", "encoded_folder", "program_path", "write_at"]

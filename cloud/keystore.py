@@ -118,6 +118,10 @@ class KeyStore:
             else:
                 self._remove(name)
 
+    def tidy(self) -> None:
+        """At the start, when all programs are known: weights encoded for others go."""
+        self._folder.tidy(self._known, starting=True)
+
     async def withdraw_program(self, program_id: str) -> None:
         """As `forget_program`, but one key set at a time: to remove a large file takes milliseconds."""
         names = [n for n in self._ready if self._folder.is_of(n, program_id)]
@@ -263,8 +267,10 @@ class KeyStore:
             self._remove(name)
 
     def sweep(self) -> None:
-        """Drops uploads that have not moved for long, and old refusals."""
+        """Drops uploads that have not moved for long, old refusals, and what an evaluator that was starting
+        has encoded of a program that was dropped meanwhile."""
         now = self._clock()
+        self._folder.tidy(self._known)
         for name, partial in list(self._partials.items()):
             if not partial.checking and now - partial.moved_s > self._limits.partial_idle_s:
                 self._drop_partial(name)

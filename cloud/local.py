@@ -28,6 +28,7 @@ from cloud.config import Backend, CloudConfig
 from cloud.control import CellControl
 from cloud.evaluators import LocalPool, Pool
 from cloud.gateway import Gateway
+from cloud.keyfolder import encoded_folder
 from cloud.registry import Registry, open_bundles
 from cloud.servicer import TailServer
 
@@ -170,7 +171,8 @@ class LocalCell:
 
     def _local_pool(self, registry: Registry) -> Pool:
         c = self.config
-        return LocalPool(registry.programs, c.backend, c.evaluators, c.loaded_keys_bytes, c.threads)
+        weights = encoded_folder(c.state_dir, c.backend)
+        return LocalPool(registry.programs, c.backend, c.evaluators, c.loaded_keys_bytes, c.threads, weights)
 
     async def _start(self) -> None:
         config = replace(self.config, port=self.port)

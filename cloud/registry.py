@@ -29,7 +29,6 @@ class Serving:
 
     name: str
     version: str
-    predicted_s: float
 
 
 def draw(model: str, version: str, request_id: bytes) -> float:
@@ -65,7 +64,7 @@ class Registry:
 
     def _add(self, name: str, entry: Entry) -> Serving:
         self._programs.setdefault(name, entry.program)
-        return self._servings.setdefault(name, Serving(name, entry.version, entry.predicted_s))
+        return self._servings.setdefault(name, Serving(name, entry.version))
 
     def _add_canaries(self, model: str) -> None:
         versions = self.catalogue.of_model(model)
@@ -79,7 +78,7 @@ class Registry:
                     if name != entry.program_id:
                         name = f"{entry.program_id}:{name}"
                     self._add(name, own)
-                    serving = Serving(name, own.version, own.predicted_s)
+                    serving = Serving(name, own.version)
                     self._canaries.setdefault((model, over, entry.program_id), []).append(
                         (rule.share, serving)
                     )
@@ -98,10 +97,9 @@ class Registry:
         """(model, version) of everything served."""
         return list(self.catalogue.versions)
 
-    def predicted_s(self, name: str) -> float:
-        """Server seconds of one evaluation of a serving, by name; 0 for one that is served no more."""
-        serving = self._servings.get(name)
-        return 0.0 if serving is None else serving.predicted_s
+    def program(self, name: str) -> Program | None:
+        """Of a serving, by name; None for one that is served no more."""
+        return self._programs.get(name)
 
     def find(self, model: str, version: str, program_id: str) -> Entry:
         """Raises `ModelWithdrawn` or `ProgramMismatch` with both sides' versions and what to do."""
@@ -183,7 +181,7 @@ class Registry:
         for share, serving in self._canaries.get((entry.model, entry.version, entry.program_id), ()):
             if draw(entry.model, serving.version, request_id) < share:
                 return serving
-        return Serving(entry.program_id, entry.version, entry.predicted_s)
+        return Serving(entry.program_id, entry.version)
 
 
 def open_bundles(paths: Sequence[Path]) -> list[CloudBundle]:

@@ -12,10 +12,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
+from blindtail.he.program import Program
 from blindtail.wire.cell import CanaryCall, DropCall, ModelEntry, ModelHeader
 from cloud.catalogue import Catalogue, Name
 from cloud.evaluators import Pool
@@ -68,6 +69,7 @@ class Rollout:
 
     sessions_of  (model, version) -> sessions that are open
     forget       called with the name of a program that is served no more
+    measure      called on a thread with programs that will be served, see `cloud.costs`
     """
 
     def __init__(
@@ -79,9 +81,10 @@ class Rollout:
         *,
         sessions_of: Callable[[str, str], int],
         forget: Callable[[str], None],
+        measure: Callable[[Iterable[Program]], None],
     ) -> None:
         self._registry, self._store, self._keys, self._pool = registry, store, keys, pool
-        self._sessions_of, self._forget = sessions_of, forget
+        self._sessions_of, self._forget, self._measure = sessions_of, forget, measure
         self.in_flight = InFlight()
         self.answered: Counter[Name] = Counter()
         self._loaded = set(registry.programs)
@@ -210,6 +213,7 @@ class Rollout:
         try:
             for entry in added:
                 await asyncio.to_thread(self._keys.know, entry)
+            await asyncio.to_thread(self._measure, [entry.program for entry in added])
             await self._pool.load(fresh)
             await asyncio.to_thread(self._store.save, new)
         except BaseException:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from blindtail.metrics import EdgeMetrics
 from blindtail.records import Answer, LatencyEstimate
 from blindtail.wire.control import MOST_ITEMS, Report, StepTiming
+from edge.ranges import NOTES
 from edge.tail import TailState
 
 
@@ -37,8 +38,11 @@ def seen_from_outside(answer: Answer) -> Answer:
 
     Whether a reply opened as it should is a fact about a decryption, and those stay on the
     device (docs/threat-model.md): an answer that fell back although its reply had come in
-    time is shown as the tail's. `Answer` and `status()` tell the device's own people the truth.
+    time is shown as the tail's. Notes of values out of range are left out for the same
+    reason. `Answer` and `status()` tell the device's own people the truth.
     """
+    if any(note in answer.extra for note in NOTES):
+        answer = replace(answer, extra={k: v for k, v in answer.extra.items() if k not in NOTES})
     if answer.fallback in (None, "deadline") or not answer.reply_bytes:
         return answer
     return replace(answer, route="tail", fallback=None)
@@ -51,12 +55,14 @@ class Accounting:
         self._metrics = metrics
         self._lock = threading.Lock()
         self._total, self._since = Sums(), Sums()
+        self._noted: Counter[str] = Counter()  # never part of what `take` hands out
 
     def count(self, answer: Answer) -> Answer:
         """Counts an answer; hands it back."""
         outward = seen_from_outside(answer)
         with self._lock:
             self._total.add(answer)
+            self._noted.update(note for note in NOTES if note in answer.extra)
             self._since.add(outward)
         if self._metrics is not None:
             self._metrics.answered(
@@ -78,6 +84,12 @@ class Accounting:
         """Answers that a ticket made shorter, since the start."""
         with self._lock:
             return self._total.by_ticket
+
+    @property
+    def out_of_range(self) -> dict[str, int]:
+        """Answers by note (`edge.ranges`), since the start; for the device's own people."""
+        with self._lock:
+            return dict(self._noted)
 
     def take(self) -> Sums:
         """The sums since the last `take`; they start again from zero."""

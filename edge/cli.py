@@ -246,6 +246,7 @@ def edge_command(
     """
     from edge.app import run_site
     from edge.images import read_set
+    from edge.ranges import NOTES
 
     settings = _settings(
         config,
@@ -268,12 +269,13 @@ def edge_command(
     pixels, labels = pixels[:images], labels[:images]
     routes: Counter[str] = Counter()
     fallbacks: Counter[str] = Counter()
-    right = 0
+    right = outside = 0
     statuses: list[dict[str, Any]] = []
     with _lines(out, as_json) as sink, _bar(len(pixels)) as step:
         for record in run_site(settings, pixels, labels, announce=announce, statuses=statuses):
             routes[record["route"]] += 1
             right += record["predicted"] == record["label"]
+            outside += record["route"] == "tail" and any(note in record["extra"] for note in NOTES)
             if record["fallback"]:
                 fallbacks[record["fallback"]] += 1
             if sink is not None:
@@ -286,6 +288,7 @@ def edge_command(
         "accuracy": right / answered if answered else None,
         "routes": dict(routes),
         "fallbacks": dict(fallbacks),
+        "out_of_range": outside,
         "problems": problems,
     }
     if as_json:
@@ -295,6 +298,8 @@ def edge_command(
         print(f"{answered} answered, {right / max(1, answered):.2%} right: {shares}")
         if fallbacks:
             print("fallbacks: " + ", ".join(f"{why} {count}" for why, count in sorted(fallbacks.items())))
+        if outside:
+            print(f"{outside} answered by the tail outside its calibrated range: these may be wrong")
         for problem in problems:
             print(f"cloud: {problem}", file=sys.stderr)
 
@@ -333,6 +338,10 @@ def _describe(answer: Answer, bundle: EdgeBundle) -> str:
     lines.append("best: " + ", ".join(f"{bundle.class_names[i]} {p:.3f}" for i, p in best))
     for seen in answer.exits:
         lines.append(f"exit{seen.index + 1}: confidence {seen.confidence:.3f}, margin {seen.margin:.3f}")
+    for what, note in (("activation", "activation_range"), ("logits", "logit_range")):
+        if note in answer.extra:
+            beyond = f"{what} at {answer.extra[note]:.2f} times the calibrated range"
+            lines.append(f"{beyond}: the tail may be wrong" if answer.offloaded else beyond)
     t = answer.timings
     steps = [
         (name, getattr(t, f"{name}_s"))

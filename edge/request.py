@@ -37,6 +37,7 @@ class Request:
     reply_bytes: int = 0
     sent_ticket: bool = False  # encrypted with one
     ticket: bool = False  # and the cloud had it ready
+    notes: dict[str, float] = field(default_factory=dict)  # for this device alone, see `edge.ranges`
     _probabilities: dict[int, FloatArray] = field(default_factory=dict)
 
     def elapsed_s(self) -> float:
@@ -80,6 +81,7 @@ class Request:
             extra["policy_version"] = float(self.policy_version)
         if self.ticket and route == "tail":
             extra["ticket"] = 1.0
+        extra |= self.notes
         steps = {f"{name}_s": seconds for name, seconds in self.spent.items()}
         return Answer(
             label=label,

@@ -28,6 +28,7 @@ from edge.keyfiles import default_state_dir
 from edge.latency import LatencyBook
 from edge.offloads import Offloads
 from edge.priors import priors_of
+from edge.ranges import ACTIVATION, LOGITS, Ranges
 from edge.request import Clock, Request
 from edge.stages import Stages
 from edge.status import RuntimeStatus
@@ -84,6 +85,7 @@ class EdgeRuntime:
         self._latencies = latencies or LatencyBook(priors_of(bundle))
         self._offloads = offloads or Offloads.of(bundle, self._latencies)
         self._activity = activity or Activity(clock)
+        self._ranges = Ranges(bundle.cuts)
         self._stages = Stages(bundle, self._head, self._latencies, clock)
         self._view = View(bundle, self._tails, self._latencies, self._offloads, clock)
         self._pool = ThreadPoolExecutor(ASYNC_THREADS, thread_name_prefix="infer")
@@ -227,6 +229,7 @@ class EdgeRuntime:
             encrypt_s = self._estimate("encrypt").p95_s
 
             self._require(request, encrypt_s + decrypt_s)
+            request.notes |= self._ranges.note(ACTIVATION, cut, x)
             ticket = tail.take_ticket(cipher)
             request.sent_ticket = ticket is not None
             with request.step("encrypt"):
@@ -264,6 +267,7 @@ class EdgeRuntime:
             return self._fall_back(request, cut, x, "deadline")
         if logits.shape != (len(self.bundle.class_names),) or not np.isfinite(logits).all():
             return self._fall_back(request, cut, x, "refused")
+        request.notes |= self._ranges.note(LOGITS, cut, logits)
         return self._accounting.count(request.answer(softmax(logits), "tail", cut=cut))
 
     async def infer_async(self, image: NDArray[Any], deadline_s: float | None = None) -> Answer:
@@ -389,6 +393,7 @@ class EdgeRuntime:
             deadline_s=rules.deadline_s,
             orchestrator="" if control is None else control.state,
             by_ticket=self._accounting.by_ticket,
+            out_of_range=self._accounting.out_of_range,
         )
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from blindtail.records import LatencyEstimate
 from edge.tail import TailState, TailStatus
@@ -19,6 +19,8 @@ class RuntimeStatus:
     deadline_s      of requests that bring none of their own; None = none
     orchestrator    "attached", "away", or "" for a runtime without one
     by_ticket       answers of the tail that a ticket made shorter
+    out_of_range    note of `edge.ranges` -> answers that carry it. For this device's people alone:
+                    it derives from decryptions
     """
 
     model: str
@@ -34,6 +36,7 @@ class RuntimeStatus:
     deadline_s: float | None = None
     orchestrator: str = ""
     by_ticket: int = 0
+    out_of_range: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def ready(self) -> bool:

@@ -89,7 +89,7 @@ class Cells:
             backend=backend,
             evaluators=evaluators,
             state_dir=self._folder / f"state-{len(self._opened)}",
-            config=CloudConfig(backend=backend, tickets=TicketLimits(**limits)),
+            config=CloudConfig(backend=backend, tickets=TicketLimits(**limits), calibrate_s=0.0),
             pool_of=pool_of,
         )
         self._opened.append(cell.start())

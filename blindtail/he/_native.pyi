@@ -40,9 +40,33 @@ class Tail:
         plain_scale: float,
         bias: NDArray[np.float64],
         bias_scale: float,
+        imaginary: NDArray[np.float64] | None = None,
     ) -> None:
         """Rotations as Galois elements; giants: (index of baby, index of diagonal) by giant step;
-        diagonals (count, N / 2)."""
+        diagonals (count, N / 2), and their imaginary parts, if they have any."""
+    def map_bytes(self, level: int, diagonals: int) -> int:
+        """Of an encoded map, its bias included: a multiple of 64."""
+    def encode_map(
+        self,
+        level: int,
+        diagonals: NDArray[np.float64],
+        plain_scale: float,
+        bias: NDArray[np.float64],
+        bias_scale: float,
+        out: NDArray[np.uint8],
+        imaginary: NDArray[np.float64] | None = None,
+    ) -> None:
+        """To `out`, `map_bytes` long and 64-byte aligned; adds nothing."""
+    def add_encoded_map(
+        self,
+        level: int,
+        babies: Sequence[int],
+        giants: Sequence[Sequence[tuple[int, int]]],
+        giant: int,
+        folds: Sequence[Sequence[int]],
+        encoded: NDArray[np.uint8],
+    ) -> None:
+        """As `add_map` of what `encode_map` made, read in place and kept alive; 64-byte aligned."""
     def add_square(self, level: int) -> None: ...
     def finish(self, period: int, dropped_bits: int) -> None: ...
     @property
@@ -57,6 +81,8 @@ class Tail:
     ) -> None: ...
     def load_keys(self, memory: NDArray[np.uint8], shapes: Sequence[tuple[int, int]]) -> Keys:
         """shapes: (element, level) of the keys in memory, one after the other; 64-byte aligned."""
+    def expect(self) -> None:
+        """An evaluation is soon to come: threads that sleep wake up. Changes no result."""
     def evaluate(self, keys: Keys, body: NDArray[np.uint8], threads: int = 1) -> bytes: ...
     def make_ticket(self, keys: Keys, seed: bytes, threads: int = 1) -> Ticket: ...
     def evaluate_ticket(

@@ -81,18 +81,19 @@ def no_ticket(evaluator: Evaluator, ticket: Ticket | None) -> None:
         raise EvaluationFailed(f"the backend {evaluator.name} makes no tickets")
 
 
-def open_evaluator(name: str, program: Program, threads: int = 1) -> Evaluator:
+def open_evaluator(name: str, program: Program, threads: int = 1, weights: Path | None = None) -> Evaluator:
     """An evaluator of `program` on "native", "seal" or "clear". Raises `ConfigError` otherwise.
 
     `native` is there where it was built; "auto" takes it, or else `seal`. `clear` computes on
     readable numbers. It exists for tests and simulation and accepts clear containers alone.
-    `threads`: native threads of one evaluation, for backends with a choice.
+    `threads`: native threads of one evaluation, for backends with a choice. `weights`: a private
+    folder where a backend that can keeps encoded weights as files, for all evaluators to share.
     """
     name = settle(name)
     if name == "native":
         from blindtail.he.native_backend import NativeEvaluator
 
-        return NativeEvaluator(program, threads=threads)
+        return NativeEvaluator(program, threads=threads, weights=weights)
     if name == "seal":
         from blindtail.he.seal_backend import SealEvaluator
 

@@ -19,16 +19,17 @@ from blindtail.he import container, noise
 from blindtail.he.backends import Evaluator, Keys, Ticket, no_ticket, write_atomically
 from blindtail.he.container import Seeded
 from blindtail.he.layers import FloatArray
+from blindtail.he.operations import turned
 from blindtail.he.params import Parameters
 from blindtail.he.program import MapOp, Program
-from blindtail.he.spec import TailSpec
+from blindtail.he.spec import SlotArray, TailSpec
 
 
 @dataclass(frozen=True)
 class ClearCiphertext:
     """Slot values (N/2,) with the level and scale a real ciphertext would have."""
 
-    slots: FloatArray
+    slots: SlotArray
     level: int
     scale: float
 
@@ -38,7 +39,7 @@ class ClearOperations:
 
     def __init__(self, program: Program, rng: np.random.Generator | None = None) -> None:
         self._program, self._rng = program, rng
-        self._plain: dict[tuple[int, int, int], FloatArray] = {}
+        self._plain: dict[tuple[int, int, int], SlotArray] = {}
         for index, op in enumerate(program.ops):
             if isinstance(op, MapOp):
                 for giant, baby, values in op.steps():
@@ -55,14 +56,23 @@ class ClearOperations:
             spec.input_layout.place(values), spec.input_level, spec.input_scale, noise.fresh(self._parameters)
         )
 
-    def _noisy(self, slots: FloatArray, level: int, scale: float, variance: float) -> ClearCiphertext:
+    def _noisy(self, slots: SlotArray, level: int, scale: float, variance: float) -> ClearCiphertext:
         if self._rng is not None:
-            slots = slots + self._rng.normal(scale=np.sqrt(variance) / scale, size=slots.shape)
+            slots = slots + self._noise(slots, np.sqrt(variance) / scale)
         return ClearCiphertext(slots, level, scale)
 
-    def rotate(self, ct: ClearCiphertext, slots: int) -> ClearCiphertext:
-        turned = np.roll(ct.slots, -slots)
-        return self._noisy(turned, ct.level, ct.scale, noise.keyswitch(self._parameters, ct.level))
+    def _noise(self, like: SlotArray, deviation: float) -> SlotArray:
+        """In imaginary parts as well, where there are any."""
+        assert self._rng is not None
+        drawn = self._rng.normal(scale=deviation, size=like.shape)
+        if not np.iscomplexobj(like):
+            return drawn
+        return drawn + 1j * self._rng.normal(scale=deviation, size=like.shape)
+
+    def turn(self, ct: ClearCiphertext, turn: int) -> ClearCiphertext:
+        return self._noisy(
+            turned(ct.slots, turn), ct.level, ct.scale, noise.keyswitch(self._parameters, ct.level)
+        )
 
     def multiply_diagonal(self, ct: ClearCiphertext, op: int, giant: int, baby: int) -> ClearCiphertext:
         step = self._program.ops[op]
@@ -70,8 +80,7 @@ class ClearOperations:
         plain = step.plain_scale(self._parameters)
         values = self._plain[op, giant, baby]
         if self._rng is not None:
-            error = np.sqrt(noise.encoding(self._parameters)) / plain
-            values = values + self._rng.normal(scale=error, size=values.shape)
+            values = values + self._noise(values, np.sqrt(noise.encoding(self._parameters)) / plain)
         return ClearCiphertext(ct.slots * values, ct.level, ct.scale * plain)
 
     def add(self, a: ClearCiphertext, b: ClearCiphertext) -> ClearCiphertext:
@@ -128,9 +137,15 @@ class ClearEvaluator(Evaluator):
     def evaluate(self, keys: Keys, container_bytes: bytes, ticket: Ticket | None = None) -> bytes:
         no_ticket(self, ticket)
         spec = self.spec
-        slots = container.read_clear(spec, container_bytes, spec.input_level, spec.input_scale)
+        slots = container.read_clear(
+            spec,
+            container_bytes,
+            spec.input_level,
+            spec.input_scale,
+            spec.input_layout.imaginary is not None,
+        )
         done = self.program.run(self._operations, ClearCiphertext(slots, spec.input_level, spec.input_scale))
-        return container.write_clear(spec, done.slots, done.level, spec.reply.scale)
+        return container.write_clear(spec, done.slots.real, done.level, spec.reply.scale)
 
     def logits(self, activations: FloatArray) -> FloatArray:
         """(n, features) -> (n, outputs), lane by lane through the program."""
@@ -142,7 +157,7 @@ class ClearEvaluator(Evaluator):
             padded = np.zeros((spec.lanes, spec.features))
             padded[: len(batch)] = batch
             done = self.program.run(self._operations, self._operations.fresh(padded))
-            slots = self._through_reply(done.slots)
+            slots = self._through_reply(done.slots.real)
             rows.append(spec.output_layout.read(slots)[: len(batch)])
         return np.concatenate(rows)
 
@@ -179,7 +194,7 @@ class ClearDecryptor:
     def decrypt(self, container_bytes: bytes) -> FloatArray:
         """Clear container -> (outputs,), or (lanes, outputs) with more than one lane."""
         spec = self._spec
-        out = spec.output_layout.read(container.read_clear(spec, container_bytes, 0, spec.reply.scale))
+        out = spec.output_layout.read(container.read_clear(spec, container_bytes, 0, spec.reply.scale).real)
         return out[0] if spec.lanes == 1 else out
 
 

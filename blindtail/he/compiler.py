@@ -15,21 +15,22 @@ from dataclasses import replace
 
 import numpy as np
 
-from blindtail.errors import ModelError
-from blindtail.he import noise, schedule, slotmaps
+from blindtail.errors import ConfigError, ModelError
+from blindtail.he import noise, plan, schedule
 from blindtail.he.compatible import differences
 from blindtail.he.container import HEADER_BYTES
 from blindtail.he.layers import Affine, FloatArray, Layer, evaluate_clear, squares_only
+from blindtail.he.objective import NoPlan, Objective
 from blindtail.he.operations import MapOp, Op, SquareOp, fold, landing_scale
 from blindtail.he.packing import packed_bytes
-from blindtail.he.params import Parameters
+from blindtail.he.params import MAX_LOG2_Q_128, Parameters
+from blindtail.he.plan import REPLY_PERIOD
 from blindtail.he.program import Program, finish
 from blindtail.he.scales import HEADROOM, Stats, choose_scales, propagate
 from blindtail.he.schedule import KeysTooLarge, Step
 from blindtail.he.spec import Layout, ReplyForm, TailSpec
+from blindtail.he.stability import check, enforce
 
-#: Smallest period of a reply: 2 * 16 coefficients of c0 travel.
-REPLY_PERIOD = 16
 #: A reply may lose low bits of c1 as long as the error they cause stays below the
 #: noise, or below this share of the largest logit (one standard deviation).
 REPLY_PRECISION = 2.0**-15
@@ -46,6 +47,9 @@ def compile_tail(
     ring_degree: int | None = None,
     like: TailSpec | None = None,
     key_budget_bytes: int | None = None,
+    objective: Objective | None = None,
+    held_out: FloatArray | None = None,
+    allow_unstable: bool = False,
 ) -> Program:
     """Compile alternating affine maps and quadratics into an encrypted program.
 
@@ -59,19 +63,34 @@ def compile_tail(
     key_budget_bytes  most bytes that the evaluation keys' container may have: more keys, less
                  time. Without it 30 MB for N = 8192 (`schedule.default_budget`), or as few as
                  possible where that is too little; of no effect with `like`
+    objective    in place of the budget: what to have little of, and bounds (`blindtail.he.plan`)
+    held_out     other activations, (m, features): with them the stability gate runs first
+                 (`blindtail.he.stability`); it warns, and refuses a tail whose values escape
+                 unless `allow_unstable`. The program is the same with and without
 
     Levels consumed: one a map, one a square. Raises `ModelError` with the
-    layer's name and the way out, `KeysTooLarge` when no choice fits the budget.
+    layer's name and the way out, `KeysTooLarge` when no choice fits the budget,
+    `NoPlan` when none keeps the objective's bounds.
     """
     maps = squares_only(layers)
-    x = _checked(calibration, maps[0].weight.shape[1])
+    x = _checked(calibration, maps[0])
+    if held_out is not None:
+        others = _checked(held_out, maps[0], "held-out")
+        enforce(check(layers, x, others), "the tail", allow_unstable=allow_unstable)
     if like is not None:
+        if objective is not None:
+            raise ConfigError("devices hold the keys: a tail that takes another's place has no objective")
         return _checked_like(_compile(maps, x, like.lanes, like.parameters, like), like)
     if lanes < 1 or lanes & (lanes - 1):
         raise ModelError(f"lanes must be a power of two, not {lanes}")
-    levels = 2 * len(maps) - 1
+    _check_depth(layers, 2 * len(maps) - 1)
+    if objective is not None:
+        if key_budget_bytes is not None:
+            raise ConfigError("give the budget of keys as a bound of the objective: at_most key_bytes")
+        made = plan.best(layers, objective, lanes=lanes, ring_degree=ring_degree)
+        return compile_plan(layers, x, made)
     problem: ModelError | None = None
-    for parameters in _candidates(levels, ring_degree):
+    for parameters in plan.rings(2 * len(maps) - 1, ring_degree):
         try:
             return _compile(maps, x, lanes, parameters, budget=key_budget_bytes)
         except KeysTooLarge:
@@ -82,23 +101,41 @@ def compile_tail(
     raise problem
 
 
-def _candidates(levels: int, ring_degree: int | None) -> list[Parameters]:
-    first = Parameters.create(levels, ring_degree)
-    if ring_degree is not None:
-        return [first]
-    # One ring up doubles slots and uplink: allowed when the activation needs it.
-    bigger = first.ring_degree * 2
-    return [first, *([Parameters.create(levels, bigger)] if bigger <= 32768 else [])]
+def compile_plan(layers: Sequence[Layer], calibration: FloatArray, chosen: plan.Plan) -> Program:
+    """Compile what `blindtail.he.plan` made for these very layers; otherwise like `compile_tail`.
+
+    Raises `ModelError` when the plan is not for layers of these sizes.
+    """
+    maps = squares_only(layers)
+    x = _checked(calibration, maps[0])
+    sizes = [step.arrangement.out_layout.size for step in chosen.steps]
+    if chosen.first.size != x.shape[1] or sizes != [step.weight.shape[0] for step in maps]:
+        raise ModelError("this plan was made for layers of other sizes: plan again")
+    return _arranged(maps, x, chosen.parameters, chosen.first, chosen.steps)
 
 
-def _checked(calibration: FloatArray, features: int) -> FloatArray:
-    x = np.asarray(calibration, np.float64)
+def _check_depth(layers: Sequence[Layer], levels: int) -> None:
+    """Raises `ModelError` naming the activation to cut after, where no ring holds so many levels."""
+    most = max(MAX_LOG2_Q_128[n] for n in MAX_LOG2_Q_128) // 30 - 2
+    squares = [layer.name for layer in layers if not isinstance(layer, Affine)]
+    if levels > most:
+        first = squares[-((most - 1) // 2) - 1]
+        raise ModelError(
+            f"{first}: with the {len(squares)} squares of this tail it consumes {levels} levels, and the "
+            f"largest ring holds {most} at 128 bits: cut the network later (after {first}), or use fewer "
+            "squares"
+        )
+
+
+def _checked(calibration: FloatArray, first: Affine, kind: str = "calibration") -> FloatArray:
+    x, features = np.asarray(calibration, np.float64), first.weight.shape[1]
     if x.ndim != 2 or x.shape[1] != features or not len(x):
         raise ModelError(
-            f"calibration data has shape {x.shape}; the tail takes (n, {features}) activations at the cut"
+            f"{kind} data has shape {x.shape}; the tail takes (n, {features}) activations at the cut, "
+            f"n of 1 or more: what goes into {first.name}, one flattened activation a row"
         )
     if not np.isfinite(x).all():
-        raise ModelError("calibration data holds NaN or infinity; check the images it was computed from")
+        raise ModelError(f"{kind} data holds NaN or infinity; check the images it was computed from")
     return x
 
 
@@ -126,6 +163,19 @@ def _compile(
             f"{parameters.max_level}: keep the number of its layers, or hand out a new edge.bt"
         )
     first, steps = _schedule(maps, lanes, parameters, like, budget)
+    return _arranged(maps, x, parameters, first, steps, like)
+
+
+def _arranged(
+    maps: Sequence[Affine],
+    x: FloatArray,
+    parameters: Parameters,
+    first: Layout,
+    steps: Sequence[Step],
+    like: TailSpec | None = None,
+) -> Program:
+    """The program of a choice that is made: scales, operations, the form of the reply."""
+    lanes = first.lanes
     stats = _statistics(maps, steps, first, x)
     scales = choose_scales(maps, stats, parameters, like)
     ops = _build(maps, steps, first, scales, parameters, like)
@@ -156,9 +206,7 @@ def _compile(
 def _schedule(
     maps: Sequence[Affine], lanes: int, parameters: Parameters, like: TailSpec | None, budget: int | None
 ) -> tuple[Layout, list[Step]]:
-    """The last map is always an outer sum, of the period that replies are cut to."""
-    last = max(slotmaps.power_of_two(maps[-1].weight.shape[0]), REPLY_PERIOD // lanes)
-    firsts = slotmaps.first_maps(maps[0].weight, parameters.slots, lanes, last if len(maps) == 1 else None)
+    firsts, last = plan.ways_in(maps, parameters, lanes)
     if like is None:
         return schedule.choose(maps, firsts, parameters, last, budget=budget)
     # Zeros among the new weights may offer another layout: devices keep theirs.
@@ -203,18 +251,18 @@ def _statistics(
         out = np.zeros_like(slots)
         for k, multipliers in diagonals.items():
             out += multipliers * np.roll(slots, -k, axis=1)
-        out = fold(out, op.folds) + op.bias_slots()
+        out = fold(out, op.folds).real + op.bias_slots()
         values = step(values)
         used = {divmod(k, op.baby) for k in diagonals}
         found.append(
             Stats(
-                rms_in=float(np.sqrt((slots**2).mean())),
-                power=float(sum((m**2).mean() for m in diagonals.values())),
+                rms_in=float(np.sqrt((np.abs(slots) ** 2).mean())),
+                power=float(sum((np.abs(m) ** 2).mean() for m in diagonals.values())),
                 weight_power=float((step.weight**2).mean()),
                 products=len(used),
                 baby_turns=len({b for _, b in used if b}),
                 giant_turns=max((g for g, _ in used), default=0),
-                folds=tuple(len(group) for group in op.folds),
+                folds=tuple((len(group), min(group) < 0) for group in op.folds),
                 copies=len(layout.content) // how.arrangement.period,
                 max_out=max(float(np.abs(values).max()), float(np.abs(out).max())),
                 rms_out=float(np.sqrt((out**2).mean())),
@@ -272,4 +320,13 @@ def _build(
     return tuple(ops)
 
 
-__all__ = ["HEADROOM", "REPLY_PERIOD", "KeysTooLarge", "compile_tail", "evaluate_clear"]
+__all__ = [
+    "HEADROOM",
+    "REPLY_PERIOD",
+    "KeysTooLarge",
+    "NoPlan",
+    "Objective",
+    "compile_plan",
+    "compile_tail",
+    "evaluate_clear",
+]

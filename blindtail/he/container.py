@@ -44,7 +44,7 @@ from numpy.typing import NDArray
 
 from blindtail.errors import ContainerError
 from blindtail.he.packing import pack_bits, packed_bytes, unpack_bits
-from blindtail.he.spec import KeyNeed, TailSpec
+from blindtail.he.spec import KeyNeed, SlotArray, TailSpec
 
 U64 = NDArray[np.uint64]
 Buffer = bytes | bytearray | memoryview
@@ -55,6 +55,7 @@ BLAKE2XB, NO_SEED = 1, 0
 SEED_BYTES = 64
 _PREFIX = struct.Struct("<4sBBBBdQ32s")
 HEADER_BYTES = _PREFIX.size + 32
+_NO_PROGRAM = "0" * 64
 
 _KIND_NAMES = {
     CIPHERTEXT: "an encrypted activation",
@@ -280,16 +281,27 @@ def read_keys(spec: TailSpec, data: Buffer) -> Iterator[tuple[KeyNeed, list[Seed
         yield need, digits
 
 
-def write_clear(spec: TailSpec, values: NDArray[np.float64], level: int, scale: float) -> bytes:
+def sample(body: Buffer) -> bytes:
+    """A container of no program, which `open_sample` alone takes: for measuring what containers cost."""
+    return _seal(REPLY, 0, NO_SEED, 0.0, _NO_PROGRAM, body)
+
+
+def open_sample(data: Buffer) -> memoryview:
+    """Checks as a request is checked."""
+    return _open(data, REPLY, 0, NO_SEED, 0.0, _NO_PROGRAM, len(memoryview(data)) - HEADER_BYTES)
+
+
+def write_clear(spec: TailSpec, values: SlotArray, level: int, scale: float) -> bytes:
     """Slot values in the clear, for the `clear` backend alone."""
-    body = np.ascontiguousarray(values, "<f8").tobytes()
+    body = np.ascontiguousarray(values, "<c16" if np.iscomplexobj(values) else "<f8").tobytes()
     return _seal(CLEAR, level, NO_SEED, scale, spec.program_id, body)
 
 
-def read_clear(spec: TailSpec, data: Buffer, level: int, scale: float) -> NDArray[np.float64]:
-    size = spec.parameters.slots * 8
+def read_clear(spec: TailSpec, data: Buffer, level: int, scale: float, imaginary: bool = False) -> SlotArray:
+    """Slot values (N / 2,); complex ones if `imaginary`. Raises `ContainerError`."""
+    size = spec.parameters.slots * (16 if imaginary else 8)
     body = _open(data, CLEAR, level, NO_SEED, scale, spec.program_id, size)
     values = np.frombuffer(body, "<f8").astype(np.float64)
     if not np.isfinite(values).all() or float(np.abs(values).max()) > math.ldexp(1.0, 60):
         raise ContainerError("clear: values must be finite and below 2^60")
-    return values
+    return values.view(np.complex128) if imaginary else values

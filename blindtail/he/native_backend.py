@@ -1,8 +1,9 @@
 """The `native` backend: our own kernels in C++ (folder native/), on SEAL's keys and ciphertexts.
 
-Built with the package where there is a C++ compiler. Plaintexts are encoded once,
-when an evaluator is made; evaluation keys are prepared once, when they arrive, and
-then read in place from a mapped file. The GIL is released while it evaluates.
+Built with the package where there is a C++ compiler. Weights are encoded once for a
+folder that evaluators share, or else once for each of them; evaluation keys are
+prepared once, when they arrive. Both are then read in place from mapped files. The
+GIL is released while it evaluates.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import mmap
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blindtail.errors import ContainerError, EvaluationFailed, KeysMissing
-from blindtail.he import container
+from blindtail.he import container, encoded
 from blindtail.he.backends import Evaluator, Keys, Ticket, settle, write_atomically
+from blindtail.he.operations import in_slots
 from blindtail.he.program import MapOp, Program
 
 _PREPARED = struct.Struct("<8s32sII")
@@ -35,12 +38,34 @@ def available() -> bool:
     return True
 
 
+class _Plan(TypedDict):
+    """What a map does, but for its weights; arguments of the native module."""
+
+    level: int
+    babies: list[int]
+    giants: list[list[tuple[int, int]]]
+    giant: int
+    folds: list[list[int]]
+
+
+class _Weights(TypedDict):
+    """A map's weights in slots, (diagonals, N / 2) and (N / 2,), with their scales."""
+
+    diagonals: NDArray[np.float64]
+    plain_scale: float
+    bias: NDArray[np.float64]
+    bias_scale: float
+    imaginary: NDArray[np.float64] | None  # of the diagonals
+
+
 class NativeEvaluator(Evaluator):
     """Evaluates one program with the native kernels.
 
     instructions  "avx512", "avx2" or "portable"; empty = the best this processor has
     threads       native threads for one evaluation
     word_bits     32 or 64; 0 = 32 where all primes lie within a factor of two below 2^30
+    weights       folder in which encoded weights lie as files (`blindtail.he.encoded`), shared by all
+                  evaluators that are given it; it must be as private as the program. None = in memory
 
     Results are the same for every choice. Raises `ConfigError` when the extension is not built.
     """
@@ -49,7 +74,13 @@ class NativeEvaluator(Evaluator):
     makes_tickets = True
 
     def __init__(
-        self, program: Program, *, instructions: str = "", threads: int = 1, word_bits: int = 0
+        self,
+        program: Program,
+        *,
+        instructions: str = "",
+        threads: int = 1,
+        word_bits: int = 0,
+        weights: Path | None = None,
     ) -> None:
         super().__init__(program)
         settle("native")
@@ -60,32 +91,55 @@ class NativeEvaluator(Evaluator):
         spec, parameters = self.spec, self.spec.parameters
         log_n = parameters.ring_degree.bit_length() - 1
         self._tail = _native.Tail(log_n, list(parameters.key_primes), instructions, word_bits)
+        blocks = None if weights is None else self._shared(weights)
+        #: Whether weights are in a mapped file, whose memory all evaluators of this node share.
+        self.shares_weights = blocks is not None
+        left = iter(blocks or ())
         for op in program.ops:
-            if isinstance(op, MapOp):
-                self._add_map(op)
-            else:
+            if not isinstance(op, MapOp):
                 self._tail.add_square(op.level)
+            elif blocks is not None:
+                self._tail.add_encoded_map(**self._plan(op), encoded=next(left))
+            else:
+                self._tail.add_map(**self._plan(op), **self._weights(op))
         self._tail.finish(spec.reply.period, spec.reply.c1_dropped_bits)
 
-    def _add_map(self, op: MapOp) -> None:
-        lanes, parameters = op.in_layout.lanes, self.spec.parameters
-        steps = list(op.steps())
-        babies = sorted({baby for _, baby, _ in steps})
-        giants: list[list[tuple[int, int]]] = [[] for _ in range(max(g for g, _, _ in steps) + 1)]
-        for index, (giant, baby, _) in enumerate(steps):
+    def _shared(self, folder: Path) -> list[encoded.Block] | None:
+        maps = [op for op in self.program.ops if isinstance(op, MapOp)]
+        sizes = tuple(self._tail.map_bytes(op.level, len(op.diagonals)) for op in maps)
+        shape = encoded.Shape(self.program.content_id, self.word_bits, sizes)
+
+        def encode(index: int, out: encoded.Block) -> None:
+            op = maps[index]
+            self._tail.encode_map(op.level, **self._weights(op), out=out)
+
+        return encoded.shared(folder, shape, encode)
+
+    def _plan(self, op: MapOp) -> _Plan:
+        lanes, element = op.in_layout.lanes, self.spec.parameters.turn_element
+        used = [divmod(k, op.baby) for k in op.diagonals]
+        babies = sorted({baby for _, baby in used})
+        giants: list[list[tuple[int, int]]] = [[] for _ in range(max(g for g, _ in used) + 1)]
+        for index, (giant, baby) in enumerate(used):
             giants[giant].append((babies.index(baby), index))
-        element = parameters.galois_element
-        self._tail.add_map(
-            level=op.level,
-            babies=[element(b * lanes) for b in babies],
-            giants=giants,
-            giant=element(op.baby * lanes),
-            folds=[[element(f * lanes) for f in group] for group in op.folds],
-            diagonals=np.repeat(np.stack([values for *_, values in steps]), lanes, axis=1),
-            plain_scale=op.plain_scale(parameters),
-            bias=np.repeat(op.bias_slots(), lanes),
-            bias_scale=op.out_scale,
-        )
+        return {
+            "level": op.level,
+            "babies": [element(b * lanes) for b in babies],
+            "giants": giants,
+            "giant": element(op.baby * lanes),
+            "folds": [[element(in_slots(f, lanes)) for f in group] for group in op.folds],
+        }
+
+    def _weights(self, op: MapOp) -> _Weights:
+        lanes = op.in_layout.lanes
+        diagonals = np.repeat(np.stack([values for *_, values in op.steps()]), lanes, axis=1)
+        return {
+            "diagonals": np.ascontiguousarray(diagonals.real),
+            "imaginary": np.ascontiguousarray(diagonals.imag) if np.iscomplexobj(diagonals) else None,
+            "plain_scale": op.plain_scale(self.spec.parameters),
+            "bias": np.repeat(op.bias_slots(), lanes),
+            "bias_scale": op.out_scale,
+        }
 
     @property
     def instructions(self) -> str:
@@ -93,8 +147,13 @@ class NativeEvaluator(Evaluator):
         return str(self._tail.instructions)
 
     @property
+    def word_bits(self) -> int:
+        """Of the words in use: 32 or 64."""
+        return int(self._tail.word_bits)
+
+    @property
     def plain_bytes(self) -> int:
-        """Memory that the encoded plaintexts take."""
+        """Bytes of the encoded weights: memory of its own, or mapped and shared (`shares_weights`)."""
         return int(self._tail.plain_bytes)
 
     def prepare_keys(self, source: Path, target: Path) -> int:
@@ -102,9 +161,7 @@ class NativeEvaluator(Evaluator):
         body = container.key_body(spec, container.read_key_file(spec, source))
 
         def parts() -> Iterator[bytes | memoryview]:
-            head = _PREPARED.pack(
-                _MAGIC, bytes.fromhex(spec.program_id), int(self._tail.word_bits), len(spec.keys)
-            )
+            head = _PREPARED.pack(_MAGIC, bytes.fromhex(spec.program_id), self.word_bits, len(spec.keys))
             yield head + bytes(_HEAD_BYTES - len(head))
             at = 0
             for need in spec.keys:
@@ -132,7 +189,7 @@ class NativeEvaluator(Evaluator):
             raise KeysMissing("the evaluation keys are no longer stored here; upload them again") from error
         if (magic, program) != (_MAGIC, bytes.fromhex(spec.program_id)):
             raise KeysMissing("the stored evaluation keys belong to another program; upload them again")
-        if (bits, count, len(mapped)) != (self._tail.word_bits, len(shapes), size):
+        if (bits, count, len(mapped)) != (self.word_bits, len(shapes), size):
             raise KeysMissing("the stored evaluation keys are damaged; upload them again")
         memory = np.frombuffer(mapped, np.uint8)[_HEAD_BYTES:]
         return Keys(self._tail.load_keys(memory, shapes), size)
@@ -147,6 +204,7 @@ class NativeEvaluator(Evaluator):
 
     def evaluate(self, keys: Keys, container_bytes: bytes, ticket: Ticket | None = None) -> bytes:
         spec = self.spec
+        self._tail.expect()  # helpers wake up while the checksum is computed
         body = np.frombuffer(container.ciphertext_body(spec, container_bytes), np.uint8)
         try:
             loaded = cast("Any", keys.material)

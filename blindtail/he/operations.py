@@ -14,6 +14,11 @@ acc += rotate(acc, f1) + ... + rotate(acc, fm) for the group (f1, ..., fm), whos
 rotations are all of one ciphertext and so hoisted too. A doubling step is the
 group (f,); (f, 2f, 3f) does the work of (f,) and (2f,). Consumes one level; so
 does a square.
+
+Complex slots halve the products of the first map: a slot x + i x' times
+w - i w' has the real part x w + x' w'. Multipliers are half of that, and one
+fold adds the conjugate: a fold ~f (= -1 - f) is a rotation by f, conjugated, so
+that (~0,) is the conjugation alone and (f, ~0, ~f) both of a doubling step's.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from numpy.typing import NDArray
 from blindtail.errors import ModelError
 from blindtail.he.layers import FloatArray
 from blindtail.he.params import Parameters
-from blindtail.he.spec import Layout
+from blindtail.he.spec import Layout, SlotArray
 
 #: Most fold groups of a map, and most rotations of a group.
 MAX_GROUPS, MAX_GROUP = 16, 63
@@ -42,7 +47,7 @@ class MapOp:
     """One affine map; input at `level`, output at `level` - 1.
 
     Offsets, baby steps and folds count positions; offsets and baby steps are
-    multiples of `stride`.
+    multiples of `stride`. A negative fold ~f conjugates as well. The result is real.
     """
 
     name: str
@@ -76,18 +81,31 @@ class MapOp:
         return found
 
     @cached_property
-    def diagonals(self) -> dict[int, FloatArray]:
+    def diagonals(self) -> dict[int, SlotArray]:
         """Offset k -> multipliers by position; offsets with nothing to multiply are absent.
 
+        Complex where the input is: (w - i w') / 2 at a position that sees x + i x'.
         Raises `ModelError` when some matrix entry other than zero is met by no offset.
         """
-        content = self.in_layout.index
+        missing = (self.weight != 0).reshape(-1)
+        found: dict[int, SlotArray] = {**self._met(self.in_layout.index, missing)}
+        if self.in_layout.imaginary is not None:
+            found = {k: values / 2 for k, values in found.items()}
+            other = self._met(np.asarray(self.in_layout.imaginary, np.int32), missing)
+            for k, values in other.items():
+                found[k] = found.get(k, 0.0) - 0.5j * values
+            found = {k: found[k] + 0j for k in sorted(found)}
+        if missing.any():
+            raise ModelError(f"{self.name}: its layout leaves {int(missing.sum())} weights unused")
+        return found
+
+    def _met(self, content: NDArray[np.int32], missing: NDArray[np.bool_]) -> dict[int, FloatArray]:
+        """Offset -> the weights met there, by position; takes them off `missing` (out * in,)."""
         positions = len(content)
         period = _period(content, self.rows, positions)
         rows = self.rows[:period]
         inner = self.weight.shape[1]
         entries = self.weight.reshape(-1)
-        missing = entries != 0
         found: dict[int, FloatArray] = {}
         for k in range(0, self.offsets, self.stride):
             seen = np.roll(content, -k)[:period]
@@ -100,11 +118,9 @@ class MapOp:
                 values = np.zeros(period)
                 values[usable[fresh][first]] = entries[entry]
                 found[k] = np.tile(values, positions // period)
-        if missing.any():
-            raise ModelError(f"{self.name}: its layout leaves {int(missing.sum())} weights unused")
         return found
 
-    def steps(self) -> Iterator[tuple[int, int, FloatArray]]:
+    def steps(self) -> Iterator[tuple[int, int, SlotArray]]:
         """(giant, baby, multipliers) with multipliers rotated back by the giant step.
 
         `giant` counts giant steps, `baby` positions.
@@ -119,7 +135,7 @@ class MapOp:
         return np.where(index >= 0, self.bias[np.maximum(index, 0)], 0.0)
 
     def rotations(self) -> dict[int, int]:
-        """Rotation (in slots) -> highest level it is used at."""
+        """Turn (in slots; ~t conjugates as well) -> highest level it is used at."""
         lanes, need = self.in_layout.lanes, {}
         used = {divmod(k, self.baby) for k in self.diagonals}
         for _, b in used:
@@ -129,7 +145,7 @@ class MapOp:
             need[self.baby * lanes] = self.level
         for group in self.folds:
             for f in group:
-                need.setdefault(f * lanes, self.level - 1)
+                need.setdefault(in_slots(f, lanes), self.level - 1)
         return need
 
     def check(self) -> None:
@@ -154,7 +170,8 @@ class MapOp:
             or self.out_layout.lanes != self.in_layout.lanes
             or len(self.folds) > MAX_GROUPS
             or any(not 1 <= len(group) <= MAX_GROUP for group in self.folds)
-            or any(not 0 < f < positions for group in self.folds for f in group)
+            or any(f == 0 or not -positions <= f < positions for group in self.folds for f in group)
+            or self.out_layout.imaginary is not None
             or not (self.in_scale > 1 and self.out_scale > 1 and np.isfinite(self.in_scale * self.out_scale))
         ):
             raise ModelError(f"{self.name}: shapes, offsets or scales contradict each other")
@@ -167,10 +184,12 @@ class MapOp:
         weight = np.where(self.weight != 0, rng.integers(1, 1 << 20, self.weight.shape), 0).astype(np.float64)
         x = np.asarray(rng.integers(1, 1 << 20, (inner,)), np.float64)
         held = self.in_layout.index
-        slots = np.where(held >= 0, x[np.maximum(held, 0)], np.nan)
-        total = np.zeros(positions)
+        slots: SlotArray = np.where(held >= 0, x[np.maximum(held, 0)], np.nan)
+        if self.in_layout.imaginary is not None:
+            slots = replace(self.in_layout, lanes=1).place(x)
+        total: SlotArray = np.zeros(positions, slots.dtype)
         for k, values in replace(self, weight=weight).diagonals.items():
-            seen: FloatArray = np.roll(slots, -k)
+            seen: SlotArray = np.roll(slots, -k)
             used = values != 0
             total[used] += values[used] * seen[used]
         total = fold(total, self.folds)
@@ -181,12 +200,24 @@ class MapOp:
             raise ModelError(f"{self.name}: its layout does not compute the map")
 
 
-def fold(values: FloatArray, groups: Groups) -> FloatArray:
+def in_slots(turn: int, lanes: int) -> int:
+    """A turn in positions -> the same in slots."""
+    return turn * lanes if turn >= 0 else ~(~turn * lanes)
+
+
+def turned(values: SlotArray, turn: int) -> SlotArray:
+    """Values by position, the last axis, rotated left by `turn`; for ~t by t, and conjugated."""
+    if turn >= 0:
+        return np.roll(values, -turn, axis=-1)
+    return np.conj(np.roll(values, turn + 1, axis=-1))
+
+
+def fold(values: SlotArray, groups: Groups) -> SlotArray:
     """What `MapOp.folds` does to values by position, the last axis."""
     for group in groups:
         held = values
         for f in group:
-            values = values + np.roll(held, -f, axis=-1)
+            values = values + turned(held, f)
     return values
 
 
@@ -230,4 +261,14 @@ def _period(content: NDArray[np.int32], rows: NDArray[np.int32], positions: int)
     return positions
 
 
-__all__ = ["Groups", "MapOp", "Op", "SquareOp", "fold", "landing_scale", "leading_scale"]
+__all__ = [
+    "Groups",
+    "MapOp",
+    "Op",
+    "SquareOp",
+    "fold",
+    "in_slots",
+    "landing_scale",
+    "leading_scale",
+    "turned",
+]

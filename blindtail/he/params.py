@@ -150,6 +150,15 @@ class Parameters:
         """The automorphism X -> X^g that rotates slots left by `step` (SEAL's generator 3)."""
         return pow(3, step % self.slots, 2 * self.ring_degree)
 
+    def turn_element(self, turn: int) -> int:
+        """The Galois element of a turn of the slots, by `turn` to the left.
+
+        A negative turn, ~t (= -1 - t), rotates by t and conjugates: X -> X^-g.
+        """
+        if turn >= 0:
+            return self.galois_element(turn)
+        return 2 * self.ring_degree - self.galois_element(~turn)
+
     def to_json(self) -> dict[str, Any]:
         return {"ring_degree": self.ring_degree, "primes": list(self.primes), "special": self.special}
 

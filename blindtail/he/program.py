@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -18,8 +19,9 @@ from numpy.typing import NDArray
 
 from blindtail.errors import BundleError, ModelError
 from blindtail.he import cost, noise, program_file
+from blindtail.he.calibration import Calibration, word_bytes
 from blindtail.he.layers import FloatArray
-from blindtail.he.operations import MapOp, Op, SquareOp, landing_scale, leading_scale
+from blindtail.he.operations import MapOp, Op, SquareOp, in_slots, landing_scale, leading_scale
 from blindtail.he.program_file import FORMAT_VERSION
 from blindtail.he.spec import KeyNeed, ReplyForm, TailSpec, canonical_json, sha256_hex
 
@@ -31,7 +33,7 @@ Ct = TypeVar("Ct")
 class Operations(Protocol[Ct]):
     """The primitives a backend supplies. Plaintexts are encoded by the backend beforehand."""
 
-    def rotate(self, ct: Ct, slots: int) -> Ct: ...
+    def turn(self, ct: Ct, turn: int) -> Ct: ...  # rotates left; ~t by t, and conjugates
     def multiply_diagonal(self, ct: Ct, op: int, giant: int, baby: int) -> Ct: ...
     def add(self, a: Ct, b: Ct) -> Ct: ...
     def add_bias(self, ct: Ct, op: int) -> Ct: ...
@@ -58,11 +60,11 @@ class Program:
     def _run_map(self, operations: Operations[Ct], index: int, op: MapOp, ct: Ct) -> Ct:
         lanes = op.in_layout.lanes
         steps = sorted({divmod(k, op.baby) for k in op.diagonals})
-        babies = {b: operations.rotate(ct, b * lanes) if b else ct for b in {b for _, b in steps}}
+        babies = {b: operations.turn(ct, b * lanes) if b else ct for b in {b for _, b in steps}}
         total: Ct | None = None
         for giant in reversed(range(op.giant)):
             if total is not None:
-                total = operations.rotate(total, op.baby * lanes)
+                total = operations.turn(total, op.baby * lanes)
             for g, b in steps:
                 if g == giant:
                     term = operations.multiply_diagonal(babies[b], index, g, b)
@@ -73,8 +75,13 @@ class Program:
         for group in op.folds:
             held = total
             for f in group:
-                total = operations.add(total, operations.rotate(held, f * lanes))
+                total = operations.add(total, operations.turn(held, in_slots(f, lanes)))
         return operations.add_bias(total, index)
+
+    @cached_property
+    def content_id(self) -> str:
+        """Its own program id, also where it answers under another one (`compatible.serving_as`)."""
+        return _content_id(self.spec, self.ops)
 
     @property
     def depth(self) -> int:
@@ -83,13 +90,42 @@ class Program:
 
     @property
     def rotations(self) -> tuple[int, ...]:
-        """Rotations needed, in slots, rising."""
+        """Turns needed, in slots, rising; a negative one, ~t, conjugates as well."""
         return tuple(sorted({s for op in self.ops if isinstance(op, MapOp) for s in op.rotations()}))
 
-    def predicted_s(self, backend: str) -> float:
-        """Server seconds of one evaluation on the reference core, from operation counts."""
-        counts = [cost.count(op, backend) for op in self.ops]
-        return cost.seconds(backend, self.spec.parameters.ring_degree, counts)
+    def predicted_s(
+        self, backend: str, calibration: Calibration | None = None, part: cost.Part = "total"
+    ) -> float:
+        """Server seconds from operation counts: of one evaluation, of what a ticket leaves of it
+        ("online"), or of making a ticket; on the reference core, or where `native` was calibrated.
+
+        Raises `ModelError` for a part that the backend does not have.
+        """
+        one = cost.reference(backend)
+        if backend == "native":
+            counts = cost.count_part(self.ops, part)
+            one = one if calibration is None else calibration.at(self.working_bytes(part))
+        elif part == "total":
+            counts = [cost.count(op, backend) for op in self.ops]
+        else:
+            raise ModelError(f"the backend {backend} makes no tickets")
+        return cost.seconds(backend, self.spec.parameters.ring_degree, counts, one=one, part=part)
+
+    def working_bytes(self, part: cost.Part = "total") -> int:
+        """Keys, plaintexts and ticket that `native` reads (or writes) in one evaluation, or in a part."""
+        ops = {"total": self.ops, "online": self.ops[2:], "ticket": self.ops[:2]}[part]
+        keys: dict[int, int] = {}  # a key is read up to the level it is used at
+        for op in ops:
+            needs = op.rotations() if isinstance(op, MapOp) else {RELINEARISE: op.level}
+            for step, level in needs.items():
+                keys[step] = max(keys.get(step, 0), level)
+        read = ops if part == "ticket" else self.ops
+        limbs = sum(len(op.diagonals) * (op.level + 2) for op in read if isinstance(op, MapOp))
+        if part != "total":
+            limbs += 5 * self.ops[0].level + 5
+        limbs += sum(2 * (level + 2) * (level + 1) for level in keys.values())
+        parameters = self.spec.parameters
+        return limbs * parameters.ring_degree * word_bytes(parameters)
 
     def error_bounds(self) -> FloatArray:
         """Bounds on the logits' errors, (lanes, outputs), each exceeded once in millions.
@@ -204,18 +240,22 @@ def finish(ops: tuple[Op, ...], draft: TailSpec) -> TailSpec:
         if isinstance(op, SquareOp):
             needs[RELINEARISE] = max(needs.get(RELINEARISE, 0), op.level)
             continue
-        for step, at in op.rotations().items():
-            element = parameters.galois_element(step)
+        for turn, at in op.rotations().items():
+            element = parameters.turn_element(turn)
             needs[element] = max(needs.get(element, 0), at)
     spec = replace(
         draft,
         keys=tuple(KeyNeed(element, needs[element]) for element in sorted(needs)),
         output_layout=layout,
-        program_id="0" * 64,
     )
+    return replace(spec, program_id=_content_id(spec, ops))
+
+
+def _content_id(spec: TailSpec, ops: tuple[Op, ...]) -> str:
     structure, tensors = program_file.structure(ops)
     blobs = [part for name in sorted(tensors) for part in (name.encode(), tensors[name].tobytes())]
-    return replace(spec, program_id=sha256_hex(canonical_json({**structure, "spec": spec.to_json()}), *blobs))
+    nameless = replace(spec, program_id="0" * 64).to_json()
+    return sha256_hex(canonical_json({**structure, "spec": nameless}), *blobs)
 
 
 __all__ = [

@@ -12,8 +12,8 @@ from blindtail.errors import ModelError
 from blindtail.he.operations import MapOp, Op, SquareOp
 from blindtail.he.spec import Layout, TailSpec, expand_runs, runs
 
-#: 2: folds are groups of rotations, offsets have a stride.
-FORMAT_VERSION = 2
+#: 2: folds are groups of rotations, offsets have a stride. 3: complex slots; a fold may conjugate.
+FORMAT_VERSION = 3
 
 
 def structure(ops: tuple[Op, ...]) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:

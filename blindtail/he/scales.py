@@ -39,13 +39,13 @@ class LogitsTooLarge(ModelError):
 class Stats:
     """What calibration says of one map: its input, its multipliers, its output."""
 
-    rms_in: float  # over slots
+    rms_in: float  # over slots; of complex ones the modulus
     power: float  # mean over slots of the sum of squared multipliers
     weight_power: float  # mean squared weight
     products: int
     baby_turns: int
     giant_turns: int
-    folds: tuple[int, ...]  # rotations in each group
+    folds: tuple[tuple[int, bool], ...]  # turns in each group, and whether it adds the conjugate
     copies: int  # positions that hold the same output
     max_out: float  # over slots, undefined ones too
     rms_out: float
@@ -76,7 +76,7 @@ def choose_scales(
             for log_scale in _LOG_SCALES:
                 trial = [*scales[:i], 2.0**log_scale, *scales[i + 1 :]]
                 if _fits(trial, stats, parameters):
-                    best = min(best, (propagate(stats, trial, parameters).typical, trial[i]))
+                    best = min(best, (_typical(stats, trial, parameters), trial[i]))
             if math.isinf(best[0]):
                 continue
             scales[i] = best[1]
@@ -89,6 +89,14 @@ def choose_scales(
     if like is not None:
         scales = _landing_on([*scales[:-1], like.reply.scale], parameters)
     return [float(s) for s in scales]
+
+
+def _typical(stats: Sequence[Stats], scales: Sequence[float], parameters: Parameters) -> float:
+    """The noise that scales end with; infinite where squares drive it out of range."""
+    try:
+        return propagate(stats, scales, parameters).typical
+    except OverflowError:
+        return math.inf
 
 
 def _landing_on(scales: Sequence[float], parameters: Parameters) -> list[float]:
@@ -167,15 +175,17 @@ def propagate(stats: Sequence[Stats], scales: Sequence[float], parameters: Param
             # `copies`, keeps r^2 / copies of a slot's variance.
             # What group i adds, m rotations of one ciphertext, is merged by those after it.
             merged, later = 1.0, 0.0
-            for m in reversed(s.folds):
+            for m, _ in reversed(s.folds):
                 later += m * merged**2
                 merged *= m + 1
             variance = (variance * merged**2 + switch * later + noise.encoding(parameters)) / s.copies
             peak = (peak * merged**2 + excess * later) / s.copies**2
             return Noise(variance, variance + peak)
         peak *= hits
-        for m in s.folds:
-            variance, peak = (m + 1) * variance + m * switch, peak + m * excess
+        for m, conjugate in s.folds:
+            # x and its conjugate have the same real part: it doubles, noise and all.
+            merged = (m + 1) * (2 if conjugate else 1)
+            variance, peak = merged * variance + m * switch, (4 if conjugate else 1) * peak + m * excess
         variance += noise.encoding(parameters)
         q = parameters.primes[level]
         gain = 4 * (s.rms_out * scale) ** 2

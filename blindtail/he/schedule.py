@@ -14,17 +14,19 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 from blindtail.errors import ModelError
 from blindtail.he import cost, slotmaps
 from blindtail.he.container import HEADER_BYTES, SEED_BYTES
 from blindtail.he.layers import Affine
-from blindtail.he.operations import Groups
+from blindtail.he.operations import Groups, in_slots
 from blindtail.he.packing import packed_bytes
 from blindtail.he.params import Parameters
 from blindtail.he.spec import KeyNeed, Layout
 
-#: The backend whose time decides.
+#: The backend whose time decides: by the reference's constants, never by what was measured on this machine
+#: (`blindtail.he.calibration`), so that a model compiles to the same program everywhere.
 BACKEND = "native"
 #: A budget of keys where none is given: so many bytes at N = 8192, growing with N^2 as one key does.
 DEFAULT_KEY_BYTES = 30_000_000
@@ -32,6 +34,8 @@ DEFAULT_KEY_BYTES = 30_000_000
 CLOSE = 1.02
 #: Shares of an inner sum's copies that may be left unused: fewer folds, more offsets.
 _SHARES = (1, 2)
+#: Bytes of a plaintext's or key's word, for primes below 2^30.
+WORD_BYTES = 4
 #: Doubling steps that one fold group may replace, and how many states each map hands on.
 _GROUP_BITS, _BEAM = 4, 48
 
@@ -49,25 +53,64 @@ class Step:
     folds: Groups
 
 
+class Spent(NamedTuple):
+    """What adds up from map to map: predicted seconds, those with a ticket, and bytes of plaintexts."""
+
+    total_s: float
+    online_s: float
+    plain_bytes: int
+
+    def plus(self, other: Spent) -> Spent:
+        return Spent(
+            self.total_s + other.total_s,
+            self.online_s + other.online_s,
+            self.plain_bytes + other.plain_bytes,
+        )
+
+
+class Weights(NamedTuple):
+    """Of the three numbers in `Spent`: their weighted sum is what a search minimises, beside keys."""
+
+    total_s: float = 1.0
+    online_s: float = 0.0
+    plain_bytes: float = 0.0
+
+    def price(self, spent: Spent) -> float:
+        return (
+            self.total_s * spent.total_s
+            + self.online_s * spent.online_s
+            + (self.plain_bytes * spent.plain_bytes)
+        )
+
+
 @dataclass(frozen=True)
 class _Part:
-    """Baby and giant steps, or the folds, of one map: seconds, and level by rotation (in slots)."""
+    """Baby and giant steps, or the folds, of one map: costs, and level by turn (in slots)."""
 
-    seconds: float
+    spent: Spent
+    price: float
     needs: tuple[tuple[int, int], ...]
     baby: int = 0
     folds: Groups = ()
 
 
 @dataclass(frozen=True, eq=False)
-class _State:
-    """The maps so far."""
+class State:
+    """The maps so far: a choice for each, and what they cost.
 
-    seconds: float
+    key_bytes  of the evaluation keys' container
+    needs      turn (in slots; ~t conjugates as well) -> highest level
+    """
+
+    spent: Spent
+    price: float
     key_bytes: int
     needs: Mapping[int, int]
     first: Layout
     steps: tuple[Step, ...]
+
+
+_FASTEST = Weights()
 
 
 def key_bytes(parameters: Parameters, level: int) -> int:
@@ -91,7 +134,7 @@ def choose(
     budget: int | None = None,
     held: Iterable[KeyNeed] | None = None,
 ) -> tuple[Layout, list[Step]]:
-    """The layout at the cut and a step for each map.
+    """The layout at the cut and a step for each map: the fastest within a budget of keys.
 
     firsts       candidates for the first map and its input
     last_period  the period of the logits, in positions
@@ -102,13 +145,13 @@ def choose(
     Tries every arrangement; of baby steps and fold groups all that no other beats
     in both time and keys. Takes tens of milliseconds. Raises `KeysTooLarge`.
     """
-    allowed = None if held is None else {key.element: key.level for key in held if key.element}
-    states = _search(maps, firsts, parameters, last_period, allowed)
-    if allowed is not None:
+    if held is not None:
+        allowed = {key.element: key.level for key in held if key.element}
+        states = search(maps, firsts, parameters, last_period, allowed=allowed)
         exact = [s for s in states if _elements(parameters, s.needs) == allowed]
         if exact:
-            return _result(min(exact, key=lambda s: s.seconds))
-        states = _search(maps, firsts, parameters, last_period, None)
+            return _result(min(exact, key=lambda s: s.price))
+    states = search(maps, firsts, parameters, last_period)
     least = min(state.key_bytes for state in states)
     limit = max(default_budget(parameters), least) if budget is None else budget
     if least > limit:
@@ -116,121 +159,184 @@ def choose(
             f"this tail's evaluation keys take {least:,} bytes at least, the budget is {limit:,}: "
             "allow more, or make its layers smaller"
         )
-    fitting = [state for state in states if state.key_bytes <= limit]
-    fastest = min(state.seconds for state in fitting)
-    close = [state for state in fitting if state.seconds <= CLOSE * fastest]
-    return _result(min(close, key=lambda s: (s.key_bytes, s.seconds)))
+    return _result(cheapest([state for state in states if state.key_bytes <= limit]))
 
 
-def _result(state: _State) -> tuple[Layout, list[Step]]:
+def cheapest(states: Sequence[State]) -> State:
+    """The least price; of those within `CLOSE` of it the fewest bytes of keys."""
+    least = min(state.price for state in states)
+    close = [state for state in states if state.price <= CLOSE * least]
+    return min(close, key=lambda s: (s.key_bytes, s.price))
+
+
+def _result(state: State) -> tuple[Layout, list[Step]]:
     return state.first, list(state.steps)
 
 
 def _elements(parameters: Parameters, needs: Mapping[int, int]) -> dict[int, int]:
-    return {parameters.galois_element(step): level for step, level in needs.items()}
+    return {parameters.turn_element(turn): level for turn, level in needs.items()}
 
 
-def _search(
+def search(
     maps: Sequence[Affine],
     firsts: Sequence[tuple[Layout, slotmaps.Arrangement]],
     parameters: Parameters,
     last_period: int,
-    allowed: Mapping[int, int] | None,
-) -> list[_State]:
-    """States after the last map. By layout, because all that follows depends on nothing else."""
-    level, n = parameters.max_level, parameters.ring_degree
+    *,
+    weights: Weights = _FASTEST,
+    allowed: Mapping[int, int] | None = None,
+    exhaustive: bool = False,
+) -> list[State]:
+    """States after the last map that no other beats in both price and keys, as far as was looked.
+
+    weights     what the price is
+    allowed     keys by Galois element and their levels: states that need no other, all of them
+    exhaustive  leave nothing out: minutes for three maps
+    """
+    # By layout, because all that follows depends on nothing else.
+    level = parameters.max_level
     sizes = [key_bytes(parameters, at) for at in range(level + 1)]
     relinearise = sizes[level - 1] if len(maps) > 1 else 0
-    states: dict[Layout, list[_State]] = {}
+    states: dict[Layout, list[State]] = {}
+    pruned = allowed is None and not exhaustive
+    asked = cost.seconds(BACKEND, parameters.ring_degree, [])  # what every request costs
+    nothing = Spent(asked, cost.seconds(BACKEND, parameters.ring_degree, [], part="online"), 0)
     for first, arrangement in firsts:
-        start = _State(0.0, HEADER_BYTES + relinearise, {}, first, ())
-        made = _extend([start], arrangement, first.lanes, level, parameters, sizes, allowed)
+        start = State(nothing, weights.price(nothing), HEADER_BYTES + relinearise, {}, first, ())
+        parts = _Parts(arrangement, first.lanes, level, parameters.ring_degree, weights, True)
+        made = _extend([start], parts, parameters, sizes, allowed, pruned)
         states.setdefault(arrangement.out_layout, []).extend(made)
     for index, step in enumerate(maps[1:], start=1):
         level -= 2
-        squared = cost.seconds(BACKEND, n, [cost.square(level + 1, BACKEND)], request=False)
-        rows, following = step.weight.shape[0], dict[Layout, list[_State]]()
+        squared = _squared(level + 1, parameters.ring_degree, index == 1)
+        rows, following = step.weight.shape[0], dict[Layout, list[State]]()
         for layout, before in states.items():
-            kept = _fewer(before, allowed is None)
-            handed = _thinned(kept) if allowed is None else kept
-            waiting = [replace(s, seconds=s.seconds + squared) for s in handed]
+            handed: Sequence[State] = before if exhaustive else _fewer(before, pruned)
+            waiting = [_after(s, squared, weights) for s in (_thinned(handed) if pruned else handed)]
             if index == len(maps) - 1:
                 ways = [slotmaps.outer(layout, rows, last_period)]
             else:
                 summed = (slotmaps.inner(layout, rows, share) for share in _SHARES)
                 ways = [slotmaps.outer(layout, rows), *(made for made in summed if made is not None)]
             for arrangement in ways:
-                made = _extend(waiting, arrangement, layout.lanes, level, parameters, sizes, allowed)
+                parts = _Parts(arrangement, layout.lanes, level, parameters.ring_degree, weights, False)
+                made = _extend(waiting, parts, parameters, sizes, allowed, pruned)
                 following.setdefault(arrangement.out_layout, []).extend(made)
         states = following
-    return [state for held in states.values() for state in _fewer(held, allowed is None)]
+    return [state for held in states.values() for state in _fewer(held, pruned)]
+
+
+def _squared(level: int, n: int, first: bool) -> Spent:
+    """A square; only the first is cheaper with a ticket."""
+    whole = cost.seconds(BACKEND, n, [cost.square(level, BACKEND)], request=False)
+    online = cost.seconds(BACKEND, n, [cost.square_online(level)], False, cost.BARE) if first else whole
+    return Spent(whole, online, 0)
+
+
+def _after(state: State, spent: Spent, weights: Weights) -> State:
+    return replace(state, spent=state.spent.plus(spent), price=state.price + weights.price(spent))
+
+
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """The ways to split one map's rotations, priced."""
+
+    arrangement: slotmaps.Arrangement
+    lanes: int
+    level: int
+    n: int
+    weights: Weights
+    first: bool  # of the tail: a ticket covers it
+
+    def splits(self) -> Sequence[_Part]:
+        unit = self.arrangement.stride
+        counted = self.arrangement.offsets // unit
+        return _splits(counted, unit * self.lanes, self.level, self.n, self.weights, self.first)
+
+    def folds(self) -> Sequence[_Part]:
+        made = self.arrangement
+        turns = made.fold_step, made.fold_bits, made.complex_input
+        return _folds(*turns, self.lanes, self.level, self.n, self.weights, self.first)
 
 
 def _extend(
-    states: Sequence[_State],
-    arrangement: slotmaps.Arrangement,
-    lanes: int,
-    level: int,
+    states: Sequence[State],
+    parts: _Parts,
     parameters: Parameters,
     sizes: Sequence[int],
     allowed: Mapping[int, int] | None,
-) -> list[_State]:
+    pruned: bool,
+) -> list[State]:
     """Every state with every split of one more map's rotations; only with `allowed` keys, if given."""
-    unit, n = arrangement.stride * lanes, parameters.ring_degree
-    splits: Sequence[_Part] = _splits(arrangement.offsets // arrangement.stride, unit, level, n)
-    folds: Sequence[_Part] = _folds(arrangement.fold_step, arrangement.fold_bits, lanes, level, n)
-    if allowed is None:
+    splits, folds = parts.splits(), parts.folds()
+    if pruned:
         splits, folds = _frontier(splits, sizes), _frontier(folds, sizes)
-    else:
+    elif allowed is not None:
         splits = [part for part in splits if _within(part, parameters, allowed)]
         folds = [part for part in folds if _within(part, parameters, allowed)]
     found = []
     for state, split, group in itertools.product(states, splits, folds):
         needs, size = dict(state.needs), state.key_bytes
-        for rotation, at in (*split.needs, *group.needs):
-            held = needs.get(rotation)
+        for turn, at in (*split.needs, *group.needs):
+            held = needs.get(turn)
             if held is None or held < at:
-                needs[rotation] = at
+                needs[turn] = at
                 size += sizes[at] - (0 if held is None else sizes[held])
-        step = Step(arrangement, split.baby * arrangement.stride, group.folds)
-        seconds = state.seconds + split.seconds + group.seconds
-        found.append(_State(seconds, size, needs, state.first, (*state.steps, step)))
+        step = Step(parts.arrangement, split.baby * parts.arrangement.stride, group.folds)
+        spent = state.spent.plus(split.spent).plus(group.spent)
+        price = state.price + split.price + group.price
+        found.append(State(spent, price, size, needs, state.first, (*state.steps, step)))
     return found
 
 
 def _within(part: _Part, parameters: Parameters, allowed: Mapping[int, int]) -> bool:
-    return all(allowed.get(parameters.galois_element(step), -1) >= level for step, level in part.needs)
+    return all(allowed.get(parameters.turn_element(turn), -1) >= level for turn, level in part.needs)
 
 
 @lru_cache(maxsize=256)
-def _splits(count: int, unit: int, level: int, n: int) -> tuple[_Part, ...]:
+def _splits(count: int, unit: int, level: int, n: int, weights: Weights, first: bool) -> tuple[_Part, ...]:
     """Baby steps for each number of giant steps, and powers of two, which share keys with folds."""
     wanted = {-(-count // giants) for giants in range(1, count + 1)}
     wanted |= {1 << bit for bit in range(count.bit_length())}
     found = []
     for baby in sorted(wanted):
         giants = -(-count // baby) - 1
-        rotations = [*range(1, baby), *([baby] if giants else [])]
-        counts = cost.affine(level, baby - 1, giants, count, (), BACKEND)
-        spent = cost.seconds(BACKEND, n, [counts], request=False)
-        found.append(_Part(spent, tuple((r * unit, level) for r in rotations), baby=baby))
+        turns = [*range(1, baby), *([baby] if giants else [])]
+        spent = _spent(level, n, (baby - 1, giants, count, ()), first)
+        needs = tuple((r * unit, level) for r in turns)
+        found.append(_Part(spent, weights.price(spent), needs, baby=baby))
     return tuple(found)
 
 
 @lru_cache(maxsize=256)
-def _folds(step: int, bits: int, lanes: int, level: int, n: int) -> tuple[_Part, ...]:
-    """Each way to share doubling steps among groups, widest first and widest last."""
-    without = cost.affine(level, 0, 0, 0, (), BACKEND)
-    nothing = cost.seconds(BACKEND, n, [without], request=False)
+def _folds(
+    step: int, bits: int, conjugate: bool, lanes: int, level: int, n: int, weights: Weights, first: bool
+) -> tuple[_Part, ...]:
+    """Each way to share doubling steps among groups, widest first and widest last.
+
+    The conjugate is one step more, in the first or the last group.
+    """
+    without = _spent(level, n, (0, 0, 0, ()), first)
     found = []
-    for shares in _partitions(bits, _GROUP_BITS):
-        for order in {shares, shares[::-1]}:
-            groups = slotmaps.fold_groups(step, order)
-            counts = cost.affine(level, 0, 0, 0, [len(g) for g in groups], BACKEND)
-            spent = cost.seconds(BACKEND, n, [counts], request=False) - nothing
-            needs = tuple((f * lanes, level - 1) for group in groups for f in group)
-            found.append(_Part(spent, needs, folds=groups))
+    for shares in _partitions(bits + conjugate, _GROUP_BITS):
+        turns = tuple((1 << b) - 1 for b in shares)
+        with_them = _spent(level, n, (0, 0, 0, turns), first)
+        spent = Spent(with_them.total_s - without.total_s, with_them.online_s - without.online_s, 0)
+        places = sorted({0, len(shares) - 1}) if conjugate else [None]
+        for order, place in itertools.product(sorted({shares, shares[::-1]}), places):
+            groups = slotmaps.fold_groups(step, order, place)
+            needs = tuple((in_slots(f, lanes), level - 1) for group in groups for f in group)
+            found.append(_Part(spent, weights.price(spent), needs, folds=groups))
     return tuple(found)
+
+
+def _spent(level: int, n: int, turns: tuple[int, int, int, tuple[int, ...]], first: bool) -> Spent:
+    """Of baby steps, giant steps, products and fold groups at one level."""
+    whole = cost.seconds(BACKEND, n, [cost.affine(level, *turns, BACKEND)], request=False)
+    online = whole
+    if first:
+        online = cost.seconds(BACKEND, n, [cost.affine_online(level, *turns)], False, cost.BARE)
+    return Spent(whole, online, (turns[2] * (level + 2) + level) * n * WORD_BYTES)
 
 
 def _partitions(total: int, largest: int) -> list[tuple[int, ...]]:
@@ -244,37 +350,50 @@ def _partitions(total: int, largest: int) -> list[tuple[int, ...]]:
 
 
 def _frontier(parts: Sequence[_Part], sizes: Sequence[int]) -> list[_Part]:
-    """Parts that no smaller one matches in time."""
+    """Parts that no smaller one matches in price."""
     fastest, found = math.inf, []
-    for part in sorted(parts, key=lambda p: (sum(sizes[at] for _, at in p.needs), p.seconds)):
-        if part.seconds < fastest * CLOSE:
+    for part in sorted(parts, key=lambda p: (sum(sizes[at] for _, at in p.needs), p.price)):
+        if part.price < fastest * CLOSE:
             found.append(part)
-            fastest = min(fastest, part.seconds)
+            fastest = min(fastest, part.price)
     return found
 
 
-def _fewer(states: Sequence[_State], bounded: bool) -> list[_State]:
-    """Of states with the same keys the fastest; if `bounded`, those that no smaller one beats."""
-    best: dict[frozenset[tuple[int, int]], _State] = {}
+def _fewer(states: Sequence[State], bounded: bool) -> list[State]:
+    """Of states with the same keys the cheapest; if `bounded`, those that no smaller one beats."""
+    best: dict[frozenset[tuple[int, int]], State] = {}
     for state in states:
         keys = frozenset(state.needs.items())
-        if keys not in best or state.seconds < best[keys].seconds:
+        if keys not in best or state.price < best[keys].price:
             best[keys] = state
     if not bounded:
         return list(best.values())
-    fastest, found = math.inf, []
-    for state in sorted(best.values(), key=lambda s: (s.key_bytes, s.seconds)):
-        if state.seconds < fastest:
+    least, found = math.inf, []
+    for state in sorted(best.values(), key=lambda s: (s.key_bytes, s.price)):
+        if state.price < least:
             found.append(state)
-            fastest = state.seconds
+            least = state.price
     return found
 
 
-def _thinned(states: Sequence[_State]) -> Sequence[_State]:
+def _thinned(states: Sequence[State]) -> Sequence[State]:
     """At most `_BEAM` of a frontier, spread evenly over it; both its ends stay."""
     if len(states) <= _BEAM:
         return states
     return [states[i * (len(states) - 1) // (_BEAM - 1)] for i in range(_BEAM)]
 
 
-__all__ = ["CLOSE", "DEFAULT_KEY_BYTES", "KeysTooLarge", "Step", "choose", "default_budget", "key_bytes"]
+__all__ = [
+    "CLOSE",
+    "DEFAULT_KEY_BYTES",
+    "KeysTooLarge",
+    "Spent",
+    "State",
+    "Step",
+    "Weights",
+    "cheapest",
+    "choose",
+    "default_budget",
+    "key_bytes",
+    "search",
+]

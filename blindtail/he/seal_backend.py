@@ -142,9 +142,10 @@ class _SealOperations:
         self._evaluator = owner._evaluator
         self._new = sealio.api().Ciphertext
 
-    def rotate(self, ct: Any, slots: int) -> Any:
+    def turn(self, ct: Any, turn: int) -> Any:
         out = self._new()
-        self._evaluator.rotate_vector(ct, slots, self._galois, out)
+        element = self._owner.spec.parameters.turn_element(turn)
+        self._evaluator.apply_galois(ct, element, self._galois, out)
         return out
 
     def multiply_diagonal(self, ct: Any, op: int, giant: int, baby: int) -> Any:

@@ -11,12 +11,16 @@ period R, no mask, no level.
 b*rho ... b*rho + rho - 1; folding by rho, 2 rho, ..., P/2 finishes them in the
 first rho positions of each block and leaves something undefined in the rest,
 which the next map's diagonals skip.
+
+*Complex slots*, of the activation at the cut: its second half rides as the
+imaginary parts of the first. There is room for twice the copies, so half the
+offsets, for one fold more: that of the conjugate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +37,8 @@ IntArray = NDArray[np.int32]
 class Arrangement:
     """How one map is laid out: see `blindtail.he.operations.MapOp` for the fields.
 
-    Folding by `fold_step`, 2 `fold_step`, ... finishes the sums, `fold_bits` times.
+    Folding by `fold_step`, 2 `fold_step`, ... finishes the sums, `fold_bits` times; and
+    adding the conjugate, once, where the input is `complex_input`.
     """
 
     kind: str  # "outer" or "inner"
@@ -44,6 +49,7 @@ class Arrangement:
     fold_step: int
     fold_bits: int
     out_layout: Layout
+    complex_input: bool = False
 
 
 def power_of_two(n: int) -> int:
@@ -58,23 +64,44 @@ def first_maps(
 
     weight  (out, in); `period` as for `outer`
 
-    The edge applies any layout for free. Raises `ModelError` when the activation
-    does not fit the ciphertext.
+    The edge applies any layout for free; with real slots, and with complex ones where there is more
+    than one element. Raises `ModelError` when the activation does not fit the ciphertext.
     """
     rows, size = weight.shape
     positions = slots // lanes
-    rounded = power_of_two(size)
-    width = max(rounded, period or power_of_two(rows))
-    if width > positions:
-        what = "activation" if rounded > positions else "layer"
+    each = period or power_of_two(rows)
+    if each > positions or power_of_two(-(-size // 2)) > positions:
+        what, holds = ("layer", positions) if each > positions else ("activation", 2 * positions)
         raise ModelError(
-            f"the {what} at the cut has {max(size, rows)} elements, a ciphertext holds {positions} a lane: "
+            f"the {what} at the cut has {max(size, rows)} elements, a ciphertext holds {holds} a lane: "
             "cut later, add a bottleneck, or use fewer lanes"
         )
-    content = _spread(size, period or power_of_two(rows), positions)
-    layout = Layout(size, lanes, tuple(content.tolist()))
-    gathered = _gathered(weight, positions, lanes) if period is None else None
-    return [(layout, outer(layout, rows, period)), *([] if gathered is None else [gathered])]
+    found = []
+    for held in _halves(size):
+        if power_of_two(held) <= positions:
+            content = _spread(held, each, positions)
+            arrangement = outer(Layout(held, lanes, tuple(content.tolist())), rows, period)
+            found.append(_at_the_cut(size, lanes, content, arrangement, held))
+        gathered = _gathered(weight, positions, lanes, held < size) if period is None else None
+        found += [] if gathered is None else [gathered]
+    return found
+
+
+def _halves(size: int) -> tuple[int, ...]:
+    """Elements that real parts hold, of `size`: all of them, or the first half."""
+    return (size,) if size < 2 else (size, -(-size // 2))
+
+
+def _at_the_cut(
+    size: int, lanes: int, content: IntArray, arrangement: Arrangement, held: int
+) -> tuple[Layout, Arrangement]:
+    """With element e + `held` as the imaginary part of element e < `held`, where there is one."""
+    real = tuple(content.tolist())
+    if held == size:
+        return Layout(size, lanes, real), arrangement
+    other = np.where((content >= 0) & (content + held < size), content + held, ZERO)
+    layout = Layout(size, lanes, real, tuple(other.tolist()))
+    return layout, replace(arrangement, complex_input=True)
 
 
 def _spread(size: int, period: int, positions: int) -> IntArray:
@@ -91,12 +118,15 @@ def _spread(size: int, period: int, positions: int) -> IntArray:
     return np.where(index < size, index, ZERO).astype(np.int32)
 
 
-def _gathered(weight: FloatArray, positions: int, lanes: int) -> tuple[Layout, Arrangement] | None:
+def _gathered(
+    weight: FloatArray, positions: int, lanes: int, halved: bool
+) -> tuple[Layout, Arrangement] | None:
     """Rows that read the same few elements, as channels of a convolution do, gather them.
 
     One copy of those elements ("im2col") for each of `groups` sets of rows; within
     them it is `outer`, with a stride of the groups' number. None where all rows
     read the same elements, or where the copies do not fit.
+    halved  the second half of each copy's elements as imaginary parts
     """
     if weight.all():
         return None
@@ -104,7 +134,8 @@ def _gathered(weight: FloatArray, positions: int, lanes: int) -> tuple[Layout, A
     belongs = belongs.reshape(-1)
     if len(sets) < 2:
         return None
-    groups, reads = power_of_two(len(sets)), int(sets.sum(axis=1).max())
+    groups, widest = power_of_two(len(sets)), int(sets.sum(axis=1).max())
+    reads = _halves(widest)[-1] if halved else widest
     members: list[IntArray] = [np.flatnonzero(belongs == i).astype(np.int32) for i in range(len(sets))]
     members.sort(key=lambda rows: int(rows[0]))
     each = power_of_two(max(len(rows) for rows in members))
@@ -113,15 +144,18 @@ def _gathered(weight: FloatArray, positions: int, lanes: int) -> tuple[Layout, A
     within = _spread(reads, each, positions // groups)
     small = outer(Layout(reads, lanes, tuple(within.tolist())), each)
     content = np.full((positions // groups, groups), ZERO, np.int32)
+    imaginary = content.copy()
     own = np.full((each, groups), ZERO, np.int32)
     for g, rows in enumerate(members):
         elements = np.flatnonzero(weight[rows[0]])
-        padded = np.full(reads + 1, ZERO, np.int32)  # the last stands for index -1
+        padded = np.full(2 * widest + 2, ZERO, np.int32)  # the last stands for index -1
         padded[: len(elements)] = elements
         content[:, g] = padded[within]
+        imaginary[:, g] = padded[np.where(within >= 0, within + reads, ZERO)]
         own[: len(rows), g] = rows
     repeated = np.tile(own.reshape(-1), positions // (each * groups))
-    return Layout(weight.shape[1], lanes, tuple(content.reshape(-1).tolist())), Arrangement(
+    other = tuple(imaginary.reshape(-1).tolist()) if reads < widest else None
+    return Layout(weight.shape[1], lanes, tuple(content.reshape(-1).tolist()), other), Arrangement(
         "outer",
         each * groups,
         repeated,
@@ -130,6 +164,7 @@ def _gathered(weight: FloatArray, positions: int, lanes: int) -> tuple[Layout, A
         each * groups,
         small.fold_bits,
         Layout(weight.shape[0], lanes, tuple(repeated.tolist())),
+        complex_input=other is not None,
     )
 
 
@@ -199,10 +234,17 @@ def _offsets_needed(content: IntArray, period: int, size: int) -> int:
     raise ModelError("the layout does not hold every element of its vector")
 
 
-def fold_groups(step: int, bits: Sequence[int]) -> Groups:
-    """Groups that do the work of doubling steps `step`, 2 `step`, ...: bits[i] of them in group i."""
+def fold_groups(step: int, bits: Sequence[int], conjugating: int | None = None) -> Groups:
+    """Groups that do the work of doubling steps `step`, 2 `step`, ...: bits[i] of them in group i.
+
+    conjugating  the group that adds the conjugate too, as one of its steps
+    """
     groups = []
-    for b in bits:
-        groups.append(tuple(step * i for i in range(1, 1 << b)))
-        step <<= b
+    for i, b in enumerate(bits):
+        rotations = b - (i == conjugating)
+        group = [step * j for j in range(1, 1 << rotations)]
+        if i == conjugating:
+            group += [~(step * j) for j in range(1 << rotations)]
+        groups.append(tuple(group))
+        step <<= rotations
     return tuple(groups)

@@ -22,6 +22,8 @@ from blindtail.he.params import MAX_LOG2_Q_128, Parameters
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int32]
+#: Values of slots: float64, or complex128 where a layout has imaginary parts.
+SlotArray = NDArray[Any]
 
 #: Content of a slot that holds zero, and of one that holds something undefined.
 ZERO, GARBAGE = -1, -2
@@ -35,12 +37,15 @@ class Layout:
 
     slot = position * lanes + lane: `lanes` independent images share a
     ciphertext (throughput; 1 = latency). `content[position]` is the element's
-    index, ZERO or GARBAGE, the same in every lane.
+    index, ZERO or GARBAGE, the same in every lane. Slots are complex numbers:
+    with `imaginary`, a slot holds the element named there times i on top, so
+    that a ciphertext carries twice as many; nothing is GARBAGE then.
     """
 
     size: int  # number of elements
     lanes: int
     content: tuple[int, ...]
+    imaginary: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         c = np.asarray(self.content, dtype=np.int64)
@@ -48,6 +53,10 @@ class Layout:
             raise ModelError("a layout needs a power-of-two number of lanes and a flat content")
         if c.min() < GARBAGE or c.max() >= self.size:
             raise ModelError(f"a layout of {self.size} elements names an element outside it")
+        if self.imaginary is not None:
+            other = np.asarray(self.imaginary, dtype=np.int64)
+            if other.shape != c.shape or min(c.min(), other.min()) < ZERO or other.max() >= self.size:
+                raise ModelError("a layout's imaginary parts must be elements or zero, one for each position")
 
     @property
     def slots(self) -> int:
@@ -58,19 +67,23 @@ class Layout:
         """`content` as an array, shape (positions,)."""
         return np.asarray(self.content, dtype=np.int32)
 
-    def place(self, x: FloatArray) -> FloatArray:
-        """(lanes, size) or (size,) -> slots (positions * lanes,); undefined slots get 0."""
+    def place(self, x: FloatArray) -> SlotArray:
+        """(lanes, size) or (size,) -> slots (positions * lanes,); undefined slots get 0.
+
+        Complex where the layout has imaginary parts, else float64.
+        """
         x = np.atleast_2d(np.asarray(x, dtype=np.float64))
         if x.shape != (self.lanes, self.size):
             raise ModelError(f"expected {(self.lanes, self.size)} values, got {x.shape}")
-        index = self.index
-        out = np.zeros((len(index), self.lanes))
-        held = index >= 0
-        out[held] = x.T[index[held]]
-        return out.reshape(-1)
+        real = _placed(self.index, x)
+        if self.imaginary is None:
+            return real
+        return real + 1j * _placed(np.asarray(self.imaginary, np.int32), x)
 
     def read(self, slots: FloatArray) -> FloatArray:
-        """Slots -> (lanes, size); copies of an element are averaged."""
+        """Slots -> (lanes, size); copies of an element are averaged. Real layouts alone."""
+        if self.imaginary is not None:
+            raise ModelError("a layout with imaginary parts is for what goes in")
         grid = np.asarray(slots, dtype=np.float64).reshape(len(self.content), self.lanes)
         index = self.index
         held = index >= 0
@@ -82,11 +95,21 @@ class Layout:
         return (total / count[:, None]).T
 
     def to_json(self) -> dict[str, Any]:
-        return {"size": self.size, "lanes": self.lanes, "runs": runs(self.content)}
+        found = {"size": self.size, "lanes": self.lanes, "runs": runs(self.content)}
+        return found if self.imaginary is None else {**found, "imaginary": runs(self.imaginary)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Layout:
-        return cls(int(data["size"]), int(data["lanes"]), expand_runs(data["runs"]))
+        imaginary = expand_runs(data["imaginary"]) if "imaginary" in data else None
+        return cls(int(data["size"]), int(data["lanes"]), expand_runs(data["runs"]), imaginary)
+
+
+def _placed(index: IntArray, x: FloatArray) -> FloatArray:
+    """x (lanes, size) by position and lane, flat; 0 where `index` names no element."""
+    out = np.zeros((len(index), len(x)))
+    held = index >= 0
+    out[held] = x.T[index[held]]
+    return out.reshape(-1)
 
 
 def runs(values: tuple[int, ...]) -> list[list[int]]:
@@ -241,6 +264,7 @@ class TailSpec:
             self.input_layout.slots == p.slots
             and self.output_layout.slots == p.slots
             and self.input_layout.lanes == self.output_layout.lanes
+            and self.output_layout.imaginary is None
             and 0 <= self.input_level <= p.max_level
             and np.isfinite(self.input_scale)
             and self.input_scale > 1

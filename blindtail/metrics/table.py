@@ -307,7 +307,8 @@ TABLE: tuple[Metric, ...] = (
         _CELL,
         "blindtail_cloud_evaluator_resident_bytes",
         "gauge",
-        "Memory of the process in this place, key files that it maps included.",
+        "Memory of the process in this place, files of keys and encoded weights that it maps included. "
+        "Evaluators share those: they are in memory once.",
         "bytes",
         (EVALUATOR,),
         live=True,

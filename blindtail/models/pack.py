@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from blindtail.bundle import CloudBundle, EdgeBundle, content_version
 from blindtail.errors import ModelError
 from blindtail.he.compiler import compile_tail
 from blindtail.he.frontend import fold_tail
 from blindtail.he.layers import Affine, Layer
+from blindtail.he.objective import Objective
+from blindtail.he.plan import Plan, best
 from blindtail.he.program import Program
 from blindtail.he.scales import LogitsTooLarge
 from blindtail.he.spec import canonical_json
+from blindtail.he.stability import WAYS_OUT, Stability, check, enforce
 from blindtail.models.export import export_head
 from blindtail.models.split import SplitModel
 
@@ -48,6 +54,10 @@ def pack(
     metrics: Mapping[str, Any],
     version: str | None = None,
     lanes: int = 1,
+    objective: Objective | None = None,
+    held_out_images: NDArray[Any] | None = None,
+    allow_unstable: bool = False,
+    judged: bool = False,
 ) -> tuple[EdgeBundle, CloudBundle]:
     """Export the head, compile every tail, and describe both halves.
 
@@ -55,11 +65,17 @@ def pack(
                         compiler bounds every value and scale from them
     temperatures, thresholds  one per exit, see `ExitInfo`
     version             default: a short hash of everything in both files
+    objective           what plans are chosen for (`blindtail plan`); by default the fastest
+    held_out_images, allow_unstable  for the stability gate, see `judge_tails`
+    judged              True when the caller has had it judge this model already
 
     Raises `ModelError` when a weight is not finite, when a tail cannot be folded
-    or compiled, or when a layer has no ONNX form.
+    or compiled, when one is unstable, when no plan keeps the objective's bounds, or
+    when a layer has no ONNX form.
     """
-    programs = _compile_tails(model, calibration_images, lanes)
+    if not judged:
+        judge_tails(model, calibration_images, held_out_images, allow_unstable=allow_unstable)
+    programs = _compile_tails(model, calibration_images, lanes, objective=objective)
     onnx = export_head(model)
     fields: dict[str, Any] = {
         "model": model.name,
@@ -90,6 +106,9 @@ def pack_tail(
     *,
     version: str | None = None,
     shrink: bool = False,
+    held_out_images: NDArray[Any] | None = None,
+    allow_unstable: bool = False,
+    judged: bool = False,
 ) -> CloudBundle:
     """New tails for devices that hold `like`: a cloud.bt that takes the place of its own.
 
@@ -100,6 +119,7 @@ def pack_tail(
     version  default: a short hash of the new programs
     shrink   scale logits down where they are larger than devices read: no label
              changes, but the tail's probabilities are less pronounced
+    held_out_images, allow_unstable, judged  as for `pack`
 
     Raises `ModelError` when the model is another, its head differs, or a tail
     cannot take the old one's place.
@@ -113,6 +133,8 @@ def pack_tail(
         raise ModelError(
             f"devices cut after stages {sorted(like.cuts)}, this model after {sorted(model.cuts)}"
         )
+    if not judged:
+        judge_tails(model, calibration_images, held_out_images, allow_unstable=allow_unstable)
     programs = _compile_tails(model, calibration_images, like=like, shrink=shrink)
     images = calibration_images[:_COMPARED]
     for cut in model.cuts:
@@ -125,6 +147,19 @@ def pack_tail(
     if version is None:
         version = content_version(*(p.spec.program_id.encode() for _, p in sorted(programs.items())))
     return CloudBundle(like.model, version, programs)
+
+
+def plan_tails(model: SplitModel, objective: Objective, *, lanes: int = 1) -> dict[int, Plan]:
+    """The plan that `objective` chooses for each tail, before training, calibration data or keys.
+
+    It depends on the sizes of layers and on which weights are zero. Raises `ModelError`,
+    `NoPlan` among them.
+    """
+    found = {}
+    for cut in model.cuts:
+        layers = _folded(model, cut)
+        found[cut] = best(layers, objective, lanes=lanes)
+    return found
 
 
 def held_activations(bundle: EdgeBundle, images: NDArray[Any], cut: int) -> NDArray[np.float64]:
@@ -144,13 +179,67 @@ def held_activations(bundle: EdgeBundle, images: NDArray[Any], cut: int) -> NDAr
     return np.stack(rows).astype(np.float64)
 
 
-def _compile_tails(
+def judge_tails(
     model: SplitModel,
     calibration_images: NDArray[Any],
-    lanes: int = 1,
-    like: EdgeBundle | None = None,
-    shrink: bool = False,
-) -> dict[int, Program]:
+    held_out_images: NDArray[Any] | None = None,
+    *,
+    allow_unstable: bool = False,
+) -> dict[int, Stability]:
+    """The stability gate (`blindtail.he.stability`) on every tail: its findings, by cut.
+
+    held_out_images  raw images (m, C, H, W) that are not among the calibration images. Without
+                     any, every fifth calibration image is kept aside for this; a tail is
+                     still compiled from all of them
+
+    Warns of each layer whose range does not hold. Raises `ModelError` with the layer's name and
+    the way out when a tail escapes, unless `allow_unstable`; also for what `pack` refuses.
+    """
+    _check(model, calibration_images)
+    found = {}
+    for cut in model.cuts:
+        where, tail, shape = f"tail at cut {cut}", model.tails[str(cut)], model.stage_infos[cut].output_shape
+        values = activations(model, calibration_images, cut)
+        held = None
+        if held_out_images is not None and len(held_out_images):
+            held = activations(model, held_out_images, cut)
+        if not all(np.isfinite(x).all() for x in (values, held) if x is not None):
+            raise ModelError(f"{where}: the head gives NaN or infinity for it; check images and weights")
+        try:
+            with np.errstate(all="ignore"):
+                layers = _folded(model, cut)
+        except ModelError as error:
+            # Folding compares with the tail itself, and cannot where that overflows.
+            name = _overflowing(tail, values, shape)
+            if name is None:
+                raise
+            raise ModelError(f"{where}, layer {name}: values overflow; {WAYS_OUT}") from error
+        found[cut] = check(layers, values, held)
+        enforce(found[cut], where, allow_unstable=allow_unstable)
+    return found
+
+
+@torch.no_grad()
+def _overflowing(tail: nn.Module, values: NDArray[np.float64], shape: Sequence[int]) -> str | None:
+    """The first layer of a tail that overflows in double precision on (n, features) values, if one does."""
+    tail = copy.deepcopy(tail).double().eval()
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def look(layer: nn.Module, given: Any, out: Any) -> None:
+            if isinstance(out, Tensor) and not bool(torch.isfinite(out).all()):
+                found.append(name)
+
+        return look
+
+    for name, layer in tail.named_modules():
+        layer.register_forward_hook(watch(name or "output"))
+    with suppress(Exception):  # what does not run at all has been named by whoever folds it
+        tail(torch.from_numpy(values).reshape(-1, *shape))
+    return found[0] if found else None
+
+
+def _check(model: SplitModel, calibration_images: NDArray[Any]) -> None:
     for path, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"{path} holds NaN or infinite weights: train again with a lower learning rate")
@@ -158,20 +247,41 @@ def _compile_tails(
         raise ModelError(f"model {model.name!r} has no tail: give SplitModel one in `tails`")
     if len(calibration_images) == 0:
         raise ModelError("compiling a tail needs calibration images; some hundred are enough")
+
+
+def _compile_tails(
+    model: SplitModel,
+    calibration_images: NDArray[Any],
+    lanes: int = 1,
+    like: EdgeBundle | None = None,
+    shrink: bool = False,
+    objective: Objective | None = None,
+) -> dict[int, Program]:
+    _check(model, calibration_images)
     programs = {}
     for cut in model.cuts:
-        layers = fold_tail(model.tails[str(cut)], model.stage_infos[cut].output_shape)
+        layers = _folded(model, cut)
         held = None if like is None else like.cuts[cut]
         values = activations(model, calibration_images, cut)
         try:
-            programs[cut] = compile_tail(layers, values, lanes=lanes, like=held)
+            programs[cut] = compile_tail(layers, values, lanes=lanes, like=held, objective=objective)
         except LogitsTooLarge as error:
             if not shrink:
                 raise
             programs[cut] = compile_tail(_shrunk(layers, 0.999 * error.factor), values, like=held)
+        except ModelError as error:
+            raise type(error)(f"tail at cut {cut}: {error}") from error
         if programs[cut].spec.features != math.prod(model.stage_infos[cut].output_shape):
             raise ModelError(f"tail at cut {cut}: the compiled program takes another number of values")
     return programs
+
+
+def _folded(model: SplitModel, cut: int) -> list[Layer]:
+    """Raises `ModelError` naming cut and layer."""
+    try:
+        return fold_tail(model.tails[str(cut)], model.stage_infos[cut].output_shape)
+    except ModelError as error:
+        raise ModelError(f"tail at cut {cut}: {error} (`blindtail lint` shows all of it)") from error
 
 
 def _shrunk(layers: list[Layer], factor: float) -> list[Layer]:

@@ -15,6 +15,7 @@ import typer
 from blindtail.errors import ConfigError
 
 if TYPE_CHECKING:
+    from blindtail.he.objective import Objective
     from blindtail.train.fit import Progress as TrainingProgress
     from blindtail.train.recipe import Recipe
     from blindtail.train.run import Splits, Trained
@@ -56,6 +57,18 @@ def train_command(
     threads: Annotated[
         int, typer.Option(min=1, max=64, help="CPU threads; results may differ in rounding")
     ] = 1,
+    allow_unstable: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unstable", help="compile a tail whose ranges escape on validation images all the same"
+        ),
+    ] = False,
+    minimise: Annotated[
+        list[str] | None, typer.Option(help="what the tail's plan has least of, as for `blindtail plan`")
+    ] = None,
+    at_most: Annotated[
+        list[str] | None, typer.Option(help="METRIC=BOUND for the tail's plan, as for `blindtail plan`")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
     """Train a network that splits: a head with early exits for the edge, a tail that runs encrypted.
@@ -69,6 +82,9 @@ def train_command(
     cloud.bt   goes to the cloud: the compiled tail
 
     model.safetensors   stays with you: all weights
+
+    The ranges of the tail are then compared between training and validation images. One whose
+    values escape would answer wrongly once encrypted, and is refused (--allow-unstable).
 
     The same seed, epochs and threads give the same files. For your own network, build a
     SplitModel (see `blindtail.models.split`) and call `blindtail.models.pack.pack`.
@@ -84,6 +100,7 @@ def train_command(
           --checkpoint out/fashion/model.safetensors --like out/fashion/edge.bt
     """
     # torch is loaded only once this command runs, so that other commands start fast.
+    from blindtail.he.objective import Objective
     from blindtail.train.recipe import RECIPES
     from blindtail.train.run import Splits
 
@@ -95,12 +112,23 @@ def train_command(
     command = f"blindtail train {recipe.value} --epochs {chosen.epochs} --seed {seed} --threads {threads}"
     if checkpoint is not None:
         command += f" --checkpoint {checkpoint.name}"
+    if allow_unstable:
+        command += " --allow-unstable"
+    objective = None
+    if minimise or at_most:
+        objective = Objective.parse(minimise or (), at_most or ())
+        command += "".join(f" --minimise {text}" for text in minimise or ())
+        command += "".join(f" --at-most {text}" for text in at_most or ())
     if like is not None:
+        if objective is not None:
+            raise ConfigError("devices of --like hold their keys: leave out --minimise and --at-most")
         if checkpoint is None:
             raise ConfigError("--like needs --checkpoint: the model.safetensors that belongs to this edge.bt")
-        _train_tail(chosen, splits, threads, command, checkpoint, like, folder, json_output)
+        _train_tail(chosen, splits, threads, command, checkpoint, like, folder, json_output, allow_unstable)
         return
-    trained = _train_with_bar(chosen, splits, threads, command, checkpoint, quiet=json_output)
+    trained = _train_with_bar(
+        chosen, splits, threads, command, checkpoint, json_output, allow_unstable, objective
+    )
     trained.save(folder)
     if json_output:
         typer.echo(json.dumps(trained.report, indent=2))
@@ -117,6 +145,7 @@ def _train_tail(
     like: Path,
     folder: Path,
     as_json: bool,
+    allow_unstable: bool,
 ) -> None:
     from blindtail.bundle import EdgeBundle
     from blindtail.train.tail import train_tail
@@ -125,7 +154,14 @@ def _train_tail(
     command += f" --like {like.name}"
     with _bar(recipe, quiet=as_json) as advance:
         trained = train_tail(
-            recipe, splits, checkpoint, held, threads=threads, progress=advance, command=command
+            recipe,
+            splits,
+            checkpoint,
+            held,
+            threads=threads,
+            progress=advance,
+            command=command,
+            allow_unstable=allow_unstable,
         )
     trained.save(folder)
     report: Any = trained.report
@@ -135,6 +171,8 @@ def _train_tail(
     for split in ("validation", "test"):
         before, after = report["before"][split]["tail"], report["after"][split]["tail"]
         typer.echo(f"tail, {split}: {before:.2%} before, {after:.2%} now")
+    for cut, found in trained.stability.items():
+        typer.echo(f"tail at cut {cut}, stability {found.line()}")
     typer.echo(
         f"wrote {folder}/cloud.bt: {report['model']} {report['version']}, for devices that hold "
         f"{report['for_devices_with']}; training took {report['training_s']:.0f} s"
@@ -142,13 +180,27 @@ def _train_tail(
 
 
 def _train_with_bar(
-    recipe: Recipe, splits: Splits, threads: int, command: str, checkpoint: Path | None, quiet: bool
+    recipe: Recipe,
+    splits: Splits,
+    threads: int,
+    command: str,
+    checkpoint: Path | None,
+    quiet: bool,
+    allow_unstable: bool,
+    objective: Objective | None,
 ) -> Trained:
     from blindtail.train.run import train
 
     with _bar(recipe, quiet) as advance:
         return train(
-            recipe, splits, threads=threads, progress=advance, command=command, checkpoint=checkpoint
+            recipe,
+            splits,
+            threads=threads,
+            progress=advance,
+            command=command,
+            checkpoint=checkpoint,
+            allow_unstable=allow_unstable,
+            objective=objective,
         )
 
 
@@ -211,6 +263,8 @@ def _print(trained: Trained, folder: Path) -> None:
             f"{tail['reply_bytes'] / 1e3:.1f} KB down, "
             f"{tail['key_bytes'] / 1e6:.1f} MB of evaluation keys (once)"
         )
+    for cut, found in trained.stability.items():
+        console.print(f"tail at cut {cut}, stability {found.line()}")
     console.print(
         f"wrote {folder}/edge.bt, cloud.bt, report.json, model.safetensors; "
         f"training took {report['training_s']:.0f} s"

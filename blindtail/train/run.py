@@ -20,9 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from blindtail.bundle import CloudBundle, EdgeBundle
 from blindtail.errors import DataError, ModelError
+from blindtail.he.objective import Objective
+from blindtail.he.stability import Stability
 from blindtail.models.data import Images, load, load_folder
 from blindtail.models.fetch import FashionSource
-from blindtail.models.pack import pack
+from blindtail.models.pack import judge_tails, pack, plan_tails
 from blindtail.models.split import SplitModel
 from blindtail.train.fit import Progress, bounded, fit
 from blindtail.train.measure import (
@@ -66,13 +68,14 @@ class Splits:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run made."""
+    """What a run made; `stability` by cut, as the report has it."""
 
     model: SplitModel
     calibration: Calibration
     edge: EdgeBundle
     cloud: CloudBundle
     report: Mapping[str, Any]
+    stability: Mapping[int, Stability]
 
     def save(self, folder: Path) -> None:
         """Write edge.bt, cloud.bt, report.json and the owner's checkpoint model.safetensors.
@@ -119,6 +122,8 @@ def train(
     progress: Progress | None = None,
     command: str = "",
     checkpoint: Path | None = None,
+    allow_unstable: bool = False,
+    objective: Objective | None = None,
 ) -> Trained:
     """Run a recipe from data to a pair of bundles.
 
@@ -127,8 +132,12 @@ def train(
 
     Thresholds and temperatures come from the validation split; the test split is
     only measured. The same recipe, data, thread count and library versions give
-    the same bytes. Raises `ModelError` or `DataError`.
+    the same bytes. Raises `ModelError` or `DataError`; also when the ranges of a tail
+    escape on the validation split (`judge_tails`), unless `allow_unstable`. What tails are
+    compiled for is `objective`'s; one that cannot be met is an error before training.
     """
+    if objective is not None:
+        plan_tails(recipe.build(), objective)
     start = time.perf_counter()
     history: dict[str, Any]
     if checkpoint is None:
@@ -138,7 +147,15 @@ def train(
         model = from_checkpoint(recipe, checkpoint)
         history = {"training_s": 0.0, **_history(checkpoint), "compiled_by": command}
     with bounded(threads, recipe.seed):
-        return finish(recipe, model, splits, threads=threads, history=history)
+        return finish(
+            recipe,
+            model,
+            splits,
+            threads=threads,
+            history=history,
+            allow_unstable=allow_unstable,
+            objective=objective,
+        )
 
 
 def from_checkpoint(recipe: Recipe, path: Path) -> SplitModel:
@@ -179,8 +196,12 @@ def finish(
     *,
     threads: int,
     history: Mapping[str, Any],
+    allow_unstable: bool = False,
+    objective: Objective | None = None,
 ) -> Trained:
-    """Calibrate, measure and pack a trained model; `history` says how it was trained."""
+    """Judge, calibrate, measure and pack a trained model; `history` says how it was trained."""
+    images = splits.train.pixels[:CALIBRATION_IMAGES]
+    stability = judge_tails(model, images, splits.validation.pixels, allow_unstable=allow_unstable)
     validation, test = Verdicts.of(model, splits.validation), Verdicts.of(model, splits.test)
     calibration = Calibration.fit(validation, recipe.offload_share)
     temperatures = calibration.temperatures
@@ -196,10 +217,12 @@ def finish(
     }
     edge, cloud = pack(
         model,
-        splits.train.pixels[:CALIBRATION_IMAGES],
+        images,
         temperatures=temperatures,
         thresholds=calibration.thresholds,
         metrics=metrics,
+        objective=objective,
+        judged=True,
     )
     described = edge.describe()
     report = {
@@ -236,6 +259,7 @@ def finish(
             }
             for cut, spec in edge.cuts.items()
         },
+        "stability": {str(cut): found.to_json() for cut, found in stability.items()},
         "metrics": metrics,
         "first_1000_test_images": routed(test.take(1_000), calibration),
         "versions": {
@@ -243,4 +267,4 @@ def finish(
             **{name: packages.version(name) for name in ("torch", "numpy", "onnx", "safetensors")},
         },
     }
-    return Trained(model, calibration, edge, cloud, report)
+    return Trained(model, calibration, edge, cloud, report, stability)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from blindtail.bundle import CloudBundle, EdgeBundle
-from blindtail.models.pack import pack_tail
+from blindtail.he.stability import Stability
+from blindtail.models.pack import judge_tails, pack_tail
 from blindtail.models.split import SplitModel
 from blindtail.train.fit import Progress, bounded, fit
 from blindtail.train.measure import Verdicts, accuracies
@@ -25,11 +26,12 @@ from blindtail.train.run import (
 
 @dataclass(frozen=True)
 class TrainedTail:
-    """A cloud.bt that takes an older one's place, and how much better it is."""
+    """A cloud.bt that takes an older one's place, and how much better it is; `stability` by cut."""
 
     model: SplitModel
     cloud: CloudBundle
     report: Mapping[str, Any]
+    stability: Mapping[int, Stability]
 
     def save(self, folder: Path) -> None:
         """Write cloud.bt, report.json and model.safetensors, each whole or not at all. Raises `DataError`."""
@@ -47,13 +49,15 @@ def train_tail(
     threads: int = 1,
     progress: Progress | None = None,
     command: str = "",
+    allow_unstable: bool = False,
 ) -> TrainedTail:
     """Train the tails of `checkpoint` for `recipe.epochs` more and compile them for devices that hold `like`.
 
     checkpoint  model.safetensors with the head that is in `like`
 
     The same recipe, data, thread count and library versions give the same bytes.
-    Raises `DataError` and `ModelError` (see `blindtail.models.pack.pack_tail`).
+    Raises `DataError` and `ModelError` (see `blindtail.models.pack.pack_tail`); the stability
+    gate judges what was trained, not what the checkpoint holds.
     """
     start = time.perf_counter()
     model = from_checkpoint(recipe, checkpoint)
@@ -64,12 +68,13 @@ def train_tail(
             "test": accuracies(Verdicts.of(model, splits.test)),
         }
         # A wrong checkpoint is told of now, not after the training.
-        pack_tail(model, images, like, shrink=True)
+        pack_tail(model, images, like, shrink=True, judged=True)
     # From weights that are good already: a third of the rate that they were trained with.
     gentle = replace(recipe, peak_rate=recipe.peak_rate / 3)
     fit(gentle, splits.train, model=model, threads=threads, progress=progress, only_tails=True)
     with bounded(threads, recipe.seed):
-        cloud = pack_tail(model, images, like, shrink=True)
+        stability = judge_tails(model, images, splits.validation.pixels, allow_unstable=allow_unstable)
+        cloud = pack_tail(model, images, like, shrink=True, judged=True)
         after = {
             "validation": accuracies(Verdicts.of(model, splits.validation)),
             "test": accuracies(Verdicts.of(model, splits.test)),
@@ -83,7 +88,8 @@ def train_tail(
         "epochs": recipe.epochs,
         "seed": recipe.seed,
         "programs": {str(cut): p.spec.program_id for cut, p in cloud.programs.items()},
+        "stability": {str(cut): found.to_json() for cut, found in stability.items()},
         "before": before,
         "after": after,
     }
-    return TrainedTail(model, cloud, report)
+    return TrainedTail(model, cloud, report, stability)

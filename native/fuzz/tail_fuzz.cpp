@@ -96,6 +96,7 @@ void make_program(Tail& tail) {
   for (double& x : bias) x = static_cast<double>(noise() % 2001) / 1000 - 1;
   tail.add_map({3, {1, 3}, {{{0, 0}, {1, 1}}, {{0, 2}, {1, 3}}}, 9, {{5}}, slots, 1000, bias, 500});
   tail.add_square(2);
+  slots.resize(2 * kN / 2);
   tail.add_map({1, {1, 25}, {{{0, 0}, {1, 1}}}, 1, {{63}, {63}}, slots, 1000, bias, 500});
   tail.finish(kReply.period, kReply.dropped);
 }

@@ -22,11 +22,11 @@ void check_degree(std::size_t n) {
   throw BodyError("its length is not the program's; it was cut or padded");
 }
 
-[[noreturn]] void refuse_values() {
+}  // namespace
+
+void refuse_residues() {
   throw BodyError("a residue is not below its prime, or padding bits are not zero; the sender is broken");
 }
-
-}  // namespace
 
 std::size_t seeded_bytes(std::span<const u64> primes, std::size_t n) {
   check_degree(n);
@@ -35,19 +35,26 @@ std::size_t seeded_bytes(std::span<const u64> primes, std::size_t n) {
   return total;
 }
 
+void parse_seed(Bytes body, std::span<const u64> primes, std::size_t n, std::uint8_t seed[kSeedBytes]) {
+  if (body.size() != seeded_bytes(primes, n)) refuse_length();
+  std::memcpy(seed, body.data(), kSeedBytes);
+}
+
+template <class W>
+bool parse_row(Bytes body, std::span<const u64> primes, std::size_t n, std::size_t i, W* row,
+               const CodecKernels& kernels) {
+  const std::size_t at = seeded_bytes(primes.first(i), n);
+  const int width = width_of(primes[i], kBits<W>);
+  return unpack_bits<W>(body.subspan(at, packed_bytes(n, width)), n, width, static_cast<W>(primes[i]), row,
+                        kernels);
+}
+
 template <class W>
 void parse_seeded(Bytes body, std::span<const u64> primes, std::size_t n, std::uint8_t seed[kSeedBytes],
                   W* const* rows, const CodecKernels& kernels) {
-  if (body.size() != seeded_bytes(primes, n)) refuse_length();
-  std::memcpy(seed, body.data(), kSeedBytes);
-  std::size_t at = kSeedBytes;
-  for (std::size_t i = 0; i < primes.size(); ++i) {
-    const int width = width_of(primes[i], kBits<W>);
-    const std::size_t size = packed_bytes(n, width);
-    if (!unpack_bits<W>(body.subspan(at, size), n, width, static_cast<W>(primes[i]), rows[i], kernels))
-      refuse_values();
-    at += size;
-  }
+  parse_seed(body, primes, n, seed);
+  for (std::size_t i = 0; i < primes.size(); ++i)
+    if (!parse_row<W>(body, primes, n, i, rows[i], kernels)) refuse_residues();
 }
 
 template <class W>
@@ -115,7 +122,7 @@ void parse_reply(const ReplyShape& shape, Bytes body, const std::uint8_t* halves
   const int width = shape.width(), drop = shape.dropped;
   const W most = static_cast<W>(shape.q0 - 1);
   const std::size_t kept = shape.kept(), stride = shape.stride(), size = packed_bytes(kept, width);
-  if (!unpack_bits<W>(body.first(size), kept, width, most + 1, c0, kernels)) refuse_values();
+  if (!unpack_bits<W>(body.first(size), kept, width, most + 1, c0, kernels)) refuse_residues();
   for (std::size_t i = kept; stride > 1 && i-- > 0;) {  // from the end: c0[i] goes to the right
     const W value = c0[i];
     std::fill_n(c0 + i * stride, stride, W{0});
@@ -123,7 +130,7 @@ void parse_reply(const ReplyShape& shape, Bytes body, const std::uint8_t* halves
   }
   // value << drop <= q0 - 1
   if (!unpack_bits<W>(body.subspan(size), shape.n, width - drop, (most >> drop) + 1, c1, kernels))
-    refuse_values();
+    refuse_residues();
   if (drop == 0) return;
   const W middle = halves == nullptr ? 0 : W{1} << (drop - 1);
   for (std::size_t i = 0; i < shape.n; ++i) {

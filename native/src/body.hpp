@@ -32,6 +32,15 @@ template <class W>
 void parse_seeded(Bytes body, std::span<const u64> primes, std::size_t n, std::uint8_t seed[kSeedBytes],
                   W* const* rows, const CodecKernels& kernels = codec_kernels());
 
+/// The same row by row, for threads to share. First the length and the seed...
+void parse_seed(Bytes body, std::span<const u64> primes, std::size_t n, std::uint8_t seed[kSeedBytes]);
+/// ... then row i: false when a residue is not below its prime or padding bits are not zero...
+template <class W>
+bool parse_row(Bytes body, std::span<const u64> primes, std::size_t n, std::size_t i, W* row,
+               const CodecKernels& kernels = codec_kernels());
+/// ... of which this is the refusal.
+[[noreturn]] void refuse_residues();
+
 /// The inverse, for tests and a native edge.
 template <class W>
 std::vector<std::uint8_t> write_seeded(std::span<const u64> primes, std::size_t n,
@@ -76,12 +85,13 @@ template <class W>
 void parse_reply(const ReplyShape& shape, Bytes body, const std::uint8_t* halves, W* c0, W* c1,
                  const CodecKernels& kernels = codec_kernels());
 
-#define BLINDTAIL_BODY(W, how)                                                                          \
-  how void parse_seeded<W>(Bytes, std::span<const u64>, std::size_t, std::uint8_t*, W* const*,          \
-                           const CodecKernels&);                                                        \
-  how std::vector<std::uint8_t> write_seeded<W>(std::span<const u64>, std::size_t, const std::uint8_t*, \
-                                                const W* const*);                                       \
-  how std::vector<std::uint8_t> write_reply<W>(const ReplyShape&, const W*, const W*);                  \
+#define BLINDTAIL_BODY(W, how)                                                                           \
+  how void parse_seeded<W>(Bytes, std::span<const u64>, std::size_t, std::uint8_t*, W* const*,           \
+                           const CodecKernels&);                                                         \
+  how bool parse_row<W>(Bytes, std::span<const u64>, std::size_t, std::size_t, W*, const CodecKernels&); \
+  how std::vector<std::uint8_t> write_seeded<W>(std::span<const u64>, std::size_t, const std::uint8_t*,  \
+                                                const W* const*);                                        \
+  how std::vector<std::uint8_t> write_reply<W>(const ReplyShape&, const W*, const W*);                   \
   how void parse_reply<W>(const ReplyShape&, Bytes, const std::uint8_t*, W*, W*, const CodecKernels&);
 BLINDTAIL_BODY(u32, extern template)
 BLINDTAIL_BODY(u64, extern template)

@@ -68,8 +68,8 @@ void Engine<W>::finish() {
   c0_ = Buffer<W>(max_rows_ * n());
   c1_ = Buffer<W>(max_rows_ * n());
   coef_ = Buffer<W>(max_rows_ * n());
-  work_ = Buffer<W>((max_rows_ + 2) * n());
-  digits_ = Buffer<W>(max_rows_ * max_rows_ * n());
+  work_ = Buffer<W>((max_rows_ + 6) * n());
+  digits_ = Buffer<W>(max_rows_ * max_rows_ * (n() + kGap));
   sums_ = Buffer<W>(max_giants_ * 2 * (max_rows_ + 1) * n());
   rows_.assign(max_rows_ * max_rows_, nullptr);
 }
@@ -105,16 +105,21 @@ void Engine<W>::check(const Keys<W>& keys) const {
 }
 
 template <class W>
-void Engine<W>::set_threads(const Keys<W>& keys, std::size_t threads) {
+Pool& Engine<W>::pool(const Keys<W>& keys, std::size_t threads) {
   check(keys);  // nothing after this throws but for memory
-  if (pool_ && pool_->threads() == threads) return;
+  if (pool_ && pool_->threads() == threads) return *pool_;
+  pool_.reset();  // should anything below fail, the next run begins anew
+  scratch_ = Buffer<W>(threads * scratch_limbs_ * (n() + kGap));
+  // Rows alone are too few to be shared evenly.
+  blocks_ = 1;
+  while (blocks_ < threads && n() / blocks_ >= 2 * kShortest) blocks_ *= 2;
   pool_ = std::make_unique<Pool>(threads);
-  scratch_ = Buffer<W>(threads * scratch_limbs_ * n());
+  return *pool_;
 }
 
 template <class W>
 void Engine<W>::begin(const Keys<W>& keys, std::size_t threads) {
-  set_threads(keys, threads);
+  pool(keys, threads);
   // c1 in coefficient form is what every keyswitch starts from.
   pool_->each(input_level_ + 1, [&](std::size_t j, std::size_t) {
     chain_.k.intt(chain_.primes[j], coef_.data() + j * n(), c1_.data() + j * n());
@@ -122,8 +127,17 @@ void Engine<W>::begin(const Keys<W>& keys, std::size_t threads) {
 }
 
 template <class W>
+void Engine<W>::times_p(std::size_t level) {
+  each_block(level + 1, [&](std::size_t j, Block block, std::size_t) {
+    W* at = c0_.data() + j * n() + block.first;
+    chain_.k.scale({chain_.primes[j], block.count}, at, at, chain_.value[chain_.special()][j]);
+  });
+}
+
+template <class W>
 void Engine<W>::run(const Keys<W>& keys, std::size_t threads) {
   begin(keys, threads);
+  times_p(input_level_);
   run_from(0, keys);
 }
 
@@ -134,8 +148,10 @@ void Engine<W>::run_from(std::size_t first, const Keys<W>& keys) {
       run_square(steps_[i].square.level, keys);
       continue;
     }
+    const bool last = i + 1 == steps_.size(), next_square = !last && !steps_[i + 1].map;
     decompose(steps_[i].map->level, i == 0 ? c1_.data() : nullptr);
-    run_map(*steps_[i].map, keys, i + 1 == steps_.size(), i + 1 < steps_.size());
+    run_map(*steps_[i].map, keys, last, next_square);
+    if (!last && !next_square) times_p(steps_[i].map->level - 1);
   }
 }
 
@@ -161,88 +177,99 @@ void Engine<W>::decompose(std::size_t level, const W* own) {
 }
 
 template <class W>
-void Engine<W>::switch_row(const Key<W>& key, std::size_t level, std::size_t row, W* out0, W* out1) const {
+void Engine<W>::switch_row(const Key<W>& key, std::size_t level, std::size_t row, Block block, W* out0,
+                           W* out1) const {
   const std::size_t key_row = row <= level ? row : key.level + 1;
+  const Part<W> part(chain_.primes[prime_of(row, level)], block.count);
+  const W* digits[kMaxTerms];
   const W* half0[kMaxTerms];
   const W* half1[kMaxTerms];
   for (std::size_t at = 0; at <= level; at += kMaxTerms) {
     const std::size_t count = std::min(kMaxTerms, level + 1 - at);
     for (std::size_t i = 0; i < count; ++i) {
-      half0[i] = key.at(key_row, at + i, 0, n());
-      half1[i] = key.at(key_row, at + i, 1, n());
+      digits[i] = rows_[row * max_rows_ + at + i] + block.first;
+      half0[i] = key.at(key_row, at + i, 0, n()) + block.first;
+      half1[i] = key.at(key_row, at + i, 1, n()) + block.first;
     }
-    chain_.k.dot_key(chain_.primes[prime_of(row, level)], out0, out1, &rows_[row * max_rows_ + at], half0,
-                     half1, count, at > 0);
+    chain_.k.dot_key(part, out0, out1, digits, half0, half1, count, at > 0);
   }
 }
 
+/// All giant steps' sums modulo Q P, from c0_ (times P) and the digits: rotated inputs, then products.
+/// An automorphism takes each block of a row from one block, so that blocks are independent.
 template <class W>
-void Engine<W>::map_sums(const MapStep<W>& step, const Keys<W>& keys) {
-  const std::size_t level = step.level, rows = level + 2, giants = step.giants.size();
-  // Modulo Q P, prime by prime: rotated inputs (times P), then all giant steps' products.
-  pool_->each(rows, [&](std::size_t row, std::size_t thread) {
+void Engine<W>::map_products(const MapStep<W>& step, const Keys<W>& keys) {
+  const std::size_t level = step.level, rows = level + 2;
+  each_block(rows, [&](std::size_t row, Block block, std::size_t thread) {
     const std::size_t j = prime_of(row, level);
-    const Prime<W>& prime = chain_.primes[j];
+    const Part<W> part(chain_.primes[j], block.count);
     const bool special = row == rows - 1;
-    const W p = chain_.value[chain_.special()][j];
-    W *t0 = scratch(thread, 0), *t1 = scratch(thread, 1), *lifted = scratch(thread, 2);
+    const W* c0 = c0_.data() + row * n();  // not read modulo P, where P times anything vanishes
+    W *t0 = scratch(thread, 0, block.count), *t1 = scratch(thread, 1, block.count);
     const auto turned = [&](std::size_t b, std::size_t half) {
-      return scratch(thread, kTemporaries + 2 * b + half);
+      return scratch(thread, kTemporaries + 2 * b + half, block.count);
     };
-    if (!special) chain_.k.scale(prime, lifted, c0_.data() + row * n(), p);
     for (std::size_t b = 0; b < step.babies.size(); ++b) {
       if (step.babies[b] == 1) {
         if (special) continue;
-        std::memcpy(turned(b, 0), lifted, n() * sizeof(W));
-        chain_.k.scale(prime, turned(b, 1), rows_[row * max_rows_ + row], p);
+        std::memcpy(turned(b, 0), c0 + block.first, block.count * sizeof(W));
+        chain_.k.scale(part, turned(b, 1), rows_[row * max_rows_ + row] + block.first,
+                       chain_.value[chain_.special()][j]);
         continue;
       }
-      switch_row(keys.at(step.babies[b]), level, row, t0, t1);
-      if (!special) chain_.k.add(prime, t0, t0, lifted);
       const Automorphism& turn = automorphism(step.babies[b]);
-      chain_.k.permute(turn, turned(b, 0), t0, n());
-      chain_.k.permute(turn, turned(b, 1), t1, n());
+      const Block from = source(turn, block);
+      switch_row(keys.at(step.babies[b]), level, row, from, t0, t1);
+      if (!special) chain_.k.add(part, t0, t0, c0 + from.first);
+      chain_.k.permute(turn, block.first, block.count, turned(b, 0), t0);
+      chain_.k.permute(turn, block.first, block.count, turned(b, 1), t1);
     }
     const W* in0[kMaxTerms];
     const W* in1[kMaxTerms];
     const W* plain[kMaxTerms];
-    for (std::size_t g = 0; g < giants; ++g) {
-      W *out0 = sum(g, 0) + row * n(), *out1 = sum(g, 1) + row * n();
+    for (std::size_t g = 0; g < step.giants.size(); ++g) {
+      W *out0 = sum(g, 0) + row * n() + block.first, *out1 = sum(g, 1) + row * n() + block.first;
       std::size_t count = 0;
       bool any = false;
       const auto flush = [&] {
-        if (count) chain_.k.dot_plain(prime, out0, out1, in0, in1, plain, count, any);
+        if (count) chain_.k.dot_plain(part, out0, out1, in0, in1, plain, count, any);
         any = any || count;
         count = 0;
       };
       for (const auto& term : step.giants[g]) {
-        if (special && step.babies[term.baby] == 1) continue;  // P times anything vanishes modulo P
+        if (special && step.babies[term.baby] == 1) continue;
         in0[count] = turned(term.baby, 0);
         in1[count] = turned(term.baby, 1);
-        plain[count] = step.plain.data() + (row * step.diagonals + term.diagonal) * n();
+        plain[count] = step.plain.data() + (row * step.diagonals + term.diagonal) * n() + block.first;
         if (++count == kMaxTerms) flush();
       }
       flush();
       if (!any) {
-        std::memset(out0, 0, n() * sizeof(W));
-        std::memset(out1, 0, n() * sizeof(W));
+        std::memset(out0, 0, block.count * sizeof(W));
+        std::memset(out1, 0, block.count * sizeof(W));
       }
     }
   });
+}
 
+template <class W>
+void Engine<W>::map_sums(const MapStep<W>& step, const Keys<W>& keys) {
+  const std::size_t level = step.level;
+  map_products(step, keys);
   // Horner: total = rotate(total) + next, from the last giant step down.
-  for (std::size_t g = giants; g-- > 1;) {
-    mod_down(sum(g, 1), level, coef_.data(), Form::kCoefficient);
+  for (std::size_t g = step.giants.size(); g-- > 1;) {
+    mod_down(level, {{sum(g, 1), coef_.data(), Form::kCoefficient}});
     decompose(level, nullptr);
     const Key<W>& giant = keys.at(step.giant);
     const Automorphism& turn = automorphism(step.giant);
-    pool_->each(rows, [&](std::size_t row, std::size_t thread) {
-      const Prime<W>& prime = chain_.primes[prime_of(row, level)];
-      W *t0 = scratch(thread, 0), *t1 = scratch(thread, 1);
-      switch_row(giant, level, row, t0, t1);
-      chain_.k.add(prime, t0, t0, sum(g, 0) + row * n());
-      chain_.k.permute_add(prime, turn, sum(g - 1, 0) + row * n(), t0);
-      chain_.k.permute_add(prime, turn, sum(g - 1, 1) + row * n(), t1);
+    each_block(level + 2, [&](std::size_t row, Block block, std::size_t thread) {
+      const Part<W> part(chain_.primes[prime_of(row, level)], block.count);
+      const Block from = source(turn, block);
+      W *t0 = scratch(thread, 0, block.count), *t1 = scratch(thread, 1, block.count);
+      switch_row(giant, level, row, from, t0, t1);
+      chain_.k.add(part, t0, t0, sum(g, 0) + row * n() + from.first);
+      chain_.k.permute_add(part, turn, block.first, sum(g - 1, 0) + row * n() + block.first, t0);
+      chain_.k.permute_add(part, turn, block.first, sum(g - 1, 1) + row * n() + block.first, t1);
     });
   }
 }
@@ -254,27 +281,22 @@ void Engine<W>::run_map(const MapStep<W>& step, const Keys<W>& keys, bool last, 
   const Form form0 = last ? Form::kCoefficient : Form::kNtt;
   const Form form1 = next_square ? Form::kNtt : Form::kCoefficient;
   W* c1 = (next_square ? c1_ : coef_).data();
+  const W* bias = step.bias.data();
   if (step.folds.empty()) {
-    mod_down_rescale(sum(0, 0), level, c0_.data(), form0);
-    mod_down_rescale(sum(0, 1), level, c1, form1);
-  } else {
-    mod_down_rescale(sum(0, 0), level, c0_.data(), Form::kNtt);
-    mod_down_rescale(sum(0, 1), level, coef_.data(), Form::kCoefficient);
-    const std::size_t at = fold_all(step, keys);
-    mod_down(sum(at, 0), level - 1, c0_.data(), form0);
-    mod_down(sum(at, 1), level - 1, c1, form1);
+    mod_down_rescale(level, {{sum(0, 0), c0_.data(), form0, bias}, {sum(0, 1), c1, form1}});
+    return;
   }
-  pool_->each(level, [&](std::size_t j, std::size_t) {
-    W* at = c0_.data() + j * n();
-    chain_.k.add(chain_.primes[j], at, at, step.bias.data() + j * n());
-  });
+  mod_down_rescale(level,
+                   {{sum(0, 0), c0_.data(), Form::kTimesP}, {sum(0, 1), coef_.data(), Form::kCoefficient}});
+  const std::size_t at = fold_all(step, keys);
+  mod_down(level - 1, {{sum(at, 0), c0_.data(), form0, bias}, {sum(at, 1), c1, form1}});
 }
 
-/// All groups, from c0_ and coef_; returns which of the sums holds the result, modulo Q P.
+/// All groups, from c0_ (times P) and coef_; returns which of the sums holds the result, modulo Q P.
 template <class W>
 std::size_t Engine<W>::fold_all(const MapStep<W>& step, const Keys<W>& keys) {
   for (std::size_t group = 0; group < step.folds.size(); ++group) {
-    if (group > 0) mod_down(sum((group + 1) % 2, 1), step.level - 1, coef_.data(), Form::kCoefficient);
+    if (group > 0) mod_down(step.level - 1, {{sum((group + 1) % 2, 1), coef_.data(), Form::kCoefficient}});
     decompose(step.level - 1, nullptr);
     fold(step, keys, group);
   }
@@ -286,36 +308,33 @@ std::size_t Engine<W>::fold_all(const MapStep<W>& step, const Keys<W>& keys) {
 template <class W>
 void Engine<W>::fold(const MapStep<W>& step, const Keys<W>& keys, std::size_t group) {
   const std::size_t level = step.level - 1, rows = level + 2;
-  pool_->each(rows, [&](std::size_t row, std::size_t thread) {
-    const std::size_t j = prime_of(row, level);
-    const Prime<W>& prime = chain_.primes[j];
-    const bool special = row == rows - 1;
-    W *t0 = scratch(thread, 0), *t1 = scratch(thread, 1);
-    W *out0 = sum(group % 2, 0) + row * n(), *out1 = sum(group % 2, 1) + row * n();
-    const W* base = scratch(thread, 2);  // what every rotation turns besides the switched part
-    if (group == 0) {
-      W* lifted = scratch(thread, 2);
-      if (special) {
-        std::memset(out0, 0, n() * sizeof(W));
-        std::memset(out1, 0, n() * sizeof(W));
-        base = nullptr;
-      } else {
-        const W p = chain_.value[chain_.special()][j];
-        chain_.k.scale(prime, lifted, c0_.data() + row * n(), p);
-        std::memcpy(out0, lifted, n() * sizeof(W));
-        chain_.k.scale(prime, out1, rows_[row * max_rows_ + row], p);
-      }
+  each_block(rows, [&](std::size_t row, Block block, std::size_t thread) {
+    const std::size_t j = prime_of(row, level), at = row * n() + block.first;
+    const std::size_t bytes = block.count * sizeof(W);
+    const Part<W> part(chain_.primes[j], block.count);
+    W *t0 = scratch(thread, 0, block.count), *t1 = scratch(thread, 1, block.count);
+    W *out0 = sum(group % 2, 0) + at, *out1 = sum(group % 2, 1) + at;
+    // What every rotation turns besides the switched part: of P c0, nothing modulo P.
+    const W* base = group > 0 ? sum((group + 1) % 2, 0) + row * n() : c0_.data() + row * n();
+    if (group == 0 && row == rows - 1) {
+      base = nullptr;
+      std::memset(out0, 0, bytes);
+      std::memset(out1, 0, bytes);
     } else {
-      base = sum((group + 1) % 2, 0) + row * n();
-      std::memcpy(out0, base, n() * sizeof(W));
-      std::memcpy(out1, sum((group + 1) % 2, 1) + row * n(), n() * sizeof(W));
+      std::memcpy(out0, base + block.first, bytes);
+      if (group > 0)
+        std::memcpy(out1, sum((group + 1) % 2, 1) + at, bytes);
+      else
+        chain_.k.scale(part, out1, rows_[row * max_rows_ + row] + block.first,
+                       chain_.value[chain_.special()][j]);
     }
     for (u32 element : step.folds[group]) {
-      switch_row(keys.at(element), level, row, t0, t1);
-      if (base != nullptr) chain_.k.add(prime, t0, t0, base);
       const Automorphism& turn = automorphism(element);
-      chain_.k.permute_add(prime, turn, out0, t0);
-      chain_.k.permute_add(prime, turn, out1, t1);
+      const Block from = source(turn, block);
+      switch_row(keys.at(element), level, row, from, t0, t1);
+      if (base != nullptr) chain_.k.add(part, t0, t0, base + from.first);
+      chain_.k.permute_add(part, turn, block.first, out0, t0);
+      chain_.k.permute_add(part, turn, block.first, out1, t1);
     }
   });
 }
@@ -323,14 +342,13 @@ void Engine<W>::fold(const MapStep<W>& step, const Keys<W>& keys, std::size_t gr
 template <class W>
 void Engine<W>::run_square(std::size_t level, const Keys<W>& keys) {
   square_sums(level, keys);
-  mod_down_rescale(sum(0, 0), level, c0_.data(), Form::kNtt);
-  mod_down_rescale(sum(0, 1), level, coef_.data(), Form::kCoefficient);
+  mod_down_rescale(level,
+                   {{sum(0, 0), c0_.data(), Form::kTimesP}, {sum(0, 1), coef_.data(), Form::kCoefficient}});
 }
 
 /// The square of (c0_, c1_), relinearised, modulo Q P in the first pair of sums.
 template <class W>
 void Engine<W>::square_sums(std::size_t level, const Keys<W>& keys) {
-  const std::size_t rows = level + 2;
   const Key<W>& relin = keys.at(0);
   // d2 goes where c1 was wanted in coefficient form; its NTT stays in work_.
   pool_->each(level + 1, [&](std::size_t j, std::size_t) {
@@ -340,64 +358,16 @@ void Engine<W>::square_sums(std::size_t level, const Keys<W>& keys) {
     chain_.k.intt(chain_.primes[j], coef_.data() + j * n(), d2);
   });
   decompose(level, work_.data());
-  pool_->each(rows, [&](std::size_t row, std::size_t) {
-    const std::size_t j = prime_of(row, level);
-    const Prime<W>& prime = chain_.primes[j];
-    W *out0 = sum(0, 0) + row * n(), *out1 = sum(0, 1) + row * n();
-    switch_row(relin, level, row, out0, out1);
+  each_block(level + 2, [&](std::size_t row, Block block, std::size_t) {
+    const std::size_t j = prime_of(row, level), at = row * n() + block.first;
+    const Part<W> part(chain_.primes[j], block.count);
+    W *out0 = sum(0, 0) + at, *out1 = sum(0, 1) + at;
+    switch_row(relin, level, row, block, out0, out1);
     if (row <= level) {
       const W p = chain_.value[chain_.special()][j];
-      chain_.k.scale_add(prime, out0, sum(1, 0) + row * n(), p);
-      chain_.k.scale_add(prime, out1, sum(1, 1) + row * n(), p);
+      chain_.k.scale_add(part, out0, sum(1, 0) + at, p);
+      chain_.k.scale_add(part, out1, sum(1, 1) + at, p);
     }
-  });
-}
-
-template <class W>
-void Engine<W>::mod_down(const W* in, std::size_t level, W* out, Form form) {
-  const std::size_t s = chain_.special();
-  W* y = work_.data() + max_rows_ * n();
-  chain_.k.intt(chain_.primes[s], y, in + (level + 1) * n());
-  pool_->each(level + 1, [&](std::size_t j, std::size_t thread) {
-    const Prime<W>& prime = chain_.primes[j];
-    W* t = scratch(thread, 0);
-    chain_.k.round_lift(prime, t, y, chain_.mod(s).q);
-    const W* x = in + j * n();
-    if (form == Form::kNtt) {
-      chain_.k.ntt(prime, t, t);
-    } else {
-      chain_.k.intt(prime, scratch(thread, 1), x);
-      x = scratch(thread, 1);
-    }
-    chain_.k.sub_scale(prime, out + j * n(), x, t, chain_.inverse[s][j]);
-  });
-}
-
-template <class W>
-void Engine<W>::mod_down_rescale(const W* in, std::size_t level, W* out, Form form) {
-  const std::size_t s = chain_.special();
-  W *high = work_.data() + max_rows_ * n(), *low = high + n();
-  pool_->each(2, [&](std::size_t which, std::size_t) {
-    if (which)
-      chain_.k.intt(chain_.primes[s], high, in + (level + 1) * n());
-    else
-      chain_.k.intt(chain_.primes[level], low, in + level * n());
-  });
-  W* h = scratch(0, 2);
-  chain_.k.pair_high(chain_.primes[s], h, high, low, chain_.inverse[level][s]);
-  pool_->each(level, [&](std::size_t j, std::size_t thread) {
-    const Prime<W>& prime = chain_.primes[j];
-    W* t = scratch(thread, 0);
-    chain_.k.pair_lift(prime, t, low, h, chain_.mod(s).q, chain_.mod(level).q, chain_.value[level][j]);
-    const W* x = in + j * n();
-    if (form == Form::kNtt) {
-      chain_.k.ntt(prime, t, t);
-    } else {
-      chain_.k.intt(prime, scratch(thread, 1), x);
-      x = scratch(thread, 1);
-    }
-    const W inverse = chain_.mod(j).mul(chain_.inverse[s][j], chain_.inverse[level][j]);
-    chain_.k.sub_scale(prime, out + j * n(), x, t, inverse);
   });
 }
 

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstddef>
+#include <initializer_list>
 #include <map>
 #include <memory>
 #include <span>
@@ -72,8 +73,9 @@ struct MapStep {
   u32 giant = 1;                          // Galois element of one giant step
   std::vector<std::vector<u32>> folds;    // groups of Galois elements
   std::size_t diagonals = 0;
-  Buffer<W> plain;  // [prime 0 ... level, special][diagonal][n], Montgomery form
-  Buffer<W> bias;   // [prime 0 ... level - 1][n], NTT form (coefficient form in the last map)
+  // In memory that whoever adds the step keeps alive, 64-byte aligned.
+  std::span<const W> plain;  // [prime 0 ... level, special][diagonal][n], Montgomery form
+  std::span<const W> bias;   // [prime 0 ... level - 1][n], NTT form (coefficient form in the last map)
 };
 
 struct SquareStep {
@@ -100,7 +102,14 @@ class Engine {
   W* input(std::size_t half, std::size_t prime);
   /// c0 and c1 of the result: level 0, coefficient form.
   const W* output(std::size_t half) const;
-  /// Throws std::out_of_range when a key is missing or too low. Not thread-safe: one run at a time.
+  /// The threads of a run, for what is to be done before it: parsing, say.
+  /// Throws std::out_of_range when a key is missing or too low, as all that follow do.
+  Pool& pool(const Keys<W>& keys, std::size_t threads);
+  /// A run is soon to come: its threads, where there are any yet, need not be woken then.
+  void wake() {
+    if (pool_) pool_->wake();
+  }
+  /// Not thread-safe: one run at a time.
   void run(const Keys<W>& keys, std::size_t threads);
   /// Words of what a ticket holds.
   std::size_t ticket_words() const { return ticket_limbs() * n(); }
@@ -112,8 +121,19 @@ class Engine {
   const Automorphism& automorphism(u32 element) const;
 
  private:
-  friend class EngineTimer<W>;  // benchmarks time the parts below
-  enum class Form { kNtt, kCoefficient };
+  friend class EngineTimer<W>;                      // benchmarks time the parts below
+  enum class Form { kNtt, kTimesP, kCoefficient };  // kTimesP: NTT form, times P; by mod_down_rescale alone
+  /// Half of a ciphertext to divide: from rows of `in` to rows of `out`. `plus`, in the same form, is added.
+  struct Half {
+    const W* in;
+    W* out;
+    Form form;
+    const W* plus = nullptr;
+  };
+  /// Part of a row: words first ... first + count - 1.
+  struct Block {
+    std::size_t first, count;
+  };
   struct Step {
     std::unique_ptr<MapStep<W>> map;  // null: a square
     SquareStep square;
@@ -127,18 +147,22 @@ class Engine {
     W* square0;  // keyswitch of c1^2, modulo Q P
     W* square1;
   };
-  // Limbs of scratch a thread needs besides rotated inputs: two sums, a lifted residue and a spare.
+  // Limbs of scratch a thread needs besides rotated inputs.
   static constexpr std::size_t kTemporaries = 4;
+  // Blocks are no shorter: each begins new streams of keys.
+  static constexpr std::size_t kShortest = 512;
+  // Between limbs that are read together, so that they do not all want the same lines of a cache.
+  static constexpr std::size_t kGap = 5 * 64 / sizeof(W);
 
   std::size_t ticket_limbs() const;
   TicketParts ticket_parts(W* words) const;
   void map_row_of_c0(const MapStep<W>& map, std::size_t row, std::size_t thread, W* out);
 
   void use(u32 element);
-  void set_threads(const Keys<W>& keys, std::size_t threads);
   void begin(const Keys<W>& keys, std::size_t threads);
   void run_from(std::size_t first, const Keys<W>& keys);
   void map_sums(const MapStep<W>& step, const Keys<W>& keys);
+  void map_products(const MapStep<W>& step, const Keys<W>& keys);
   std::size_t fold_all(const MapStep<W>& step, const Keys<W>& keys);
   void square_sums(std::size_t level, const Keys<W>& keys);
   void check(const Keys<W>& keys) const;
@@ -152,17 +176,35 @@ class Engine {
 
   /// Digits of c1 (coefficient form in `coef_`) over q_0 ... q_level and P; `own` = its NTT form or null.
   void decompose(std::size_t level, const W* own);
-  /// sum of digits times key, row `row`, into out0, out1.
-  void switch_row(const Key<W>& key, std::size_t level, std::size_t row, W* out0, W* out1) const;
-  /// Divide a half (rows 0 ... level and P) by P; `out` rows 0 ... level.
-  void mod_down(const W* in, std::size_t level, W* out, Form form);
-  /// Divide by P and q_level; `out` rows 0 ... level - 1.
-  void mod_down_rescale(const W* in, std::size_t level, W* out, Form form);
-
-  W* scratch(std::size_t thread, std::size_t limb) {
-    return scratch_.data() + (thread * scratch_limbs_ + limb) * n();
+  /// body(row, block, thread) for all blocks of `rows` rows.
+  template <class Body>
+  void each_block(std::size_t rows, const Body& body) {
+    const std::size_t count = n() / blocks_;
+    pool_->each(rows * blocks_, [&](std::size_t item, std::size_t thread) {
+      body(item / blocks_, Block{item % blocks_ * count, count}, thread);
+    });
   }
-  W* digit(std::size_t row, std::size_t i) { return digits_.data() + (row * max_rows_ + i) * n(); }
+  /// What an automorphism takes a block from.
+  static Block source(const Automorphism& turn, Block block) {
+    return {turn.source(block.first, block.count), block.count};
+  }
+  /// sum of digits times key, one block of row `row`, into out0, out1.
+  void switch_row(const Key<W>& key, std::size_t level, std::size_t row, Block block, W* out0, W* out1) const;
+  /// c0_ times P, rows 0 ... level: as a map reads it.
+  void times_p(std::size_t level);
+  /// Divide rows 0 ... level and P by P; `out` rows 0 ... level.
+  void mod_down(std::size_t level, std::initializer_list<Half> halves);
+  /// Divide by P and q_level; `out` rows 0 ... level - 1.
+  void mod_down_rescale(std::size_t level, std::initializer_list<Half> halves);
+  /// out = (x - t) * factor + plus, one block of row `row`; x and t begin with the block.
+  void put(const Half& half, std::size_t row, Block block, const W* x, const W* t, W factor);
+
+  /// Limbs of a thread; those of a block lie as close as `count` allows.
+  W* scratch(std::size_t thread, std::size_t limb, std::size_t count) {
+    return scratch_.data() + thread * scratch_limbs_ * (n() + kGap) + limb * (count + kGap);
+  }
+  W* scratch(std::size_t thread, std::size_t limb) { return scratch(thread, limb, n()); }
+  W* digit(std::size_t row, std::size_t i) { return digits_.data() + (row * max_rows_ + i) * (n() + kGap); }
   W* sum(std::size_t giant, std::size_t half) {
     return sums_.data() + (giant * 2 + half) * (max_rows_ + 1) * n();
   }
@@ -172,8 +214,10 @@ class Engine {
   std::vector<Step> steps_;
   std::map<u32, Automorphism> automorphisms_;
   std::size_t input_level_ = 0, max_rows_ = 0, scratch_limbs_ = 0, max_giants_ = 1;
+  std::size_t blocks_ = 1;  // of a row, in loops word by word
   std::unique_ptr<Pool> pool_;
-  // c0 in NTT form, c1 in NTT form (where known) and in coefficient form; limbs by prime.
+  // c0 in NTT form (times P where a map or a fold reads it), c1 in NTT form (where known) and in
+  // coefficient form; limbs by prime.
   Buffer<W> c0_, c1_, coef_, digits_, sums_, scratch_, work_;
   std::vector<const W*> rows_;  // [row][digit] pointers of the last decomposition
 };

@@ -46,13 +46,13 @@ void Engine<W>::make_ticket(const Keys<W>& keys, std::size_t threads, W* words) 
   const Form form = square ? Form::kNtt : Form::kCoefficient;
   W* c1 = (square ? c1_ : coef_).data();
   if (map.folds.empty()) {
-    mod_down_rescale(sum(0, 1), level, c1, form);
+    mod_down_rescale(level, {{sum(0, 1), c1, form}});
   } else {
-    mod_down_rescale(sum(0, 1), level, coef_.data(), Form::kCoefficient);
+    mod_down_rescale(level, {{sum(0, 1), coef_.data(), Form::kCoefficient}});
     std::memset(c0_.data(), 0, level * n() * sizeof(W));
     const std::size_t at = fold_all(map, keys);
     std::memcpy(parts.fold, sum(at, 0), (level + 1) * n() * sizeof(W));
-    mod_down(sum(at, 1), level - 1, c1, form);
+    mod_down(level - 1, {{sum(at, 1), c1, form}});
   }
   std::memcpy(parts.c1, c1, level * n() * sizeof(W));
   if (!square) return;
@@ -64,7 +64,7 @@ void Engine<W>::make_ticket(const Keys<W>& keys, std::size_t threads, W* words) 
 
 template <class W>
 void Engine<W>::run_ticket(const Keys<W>& keys, std::size_t threads, const W* words) {
-  set_threads(keys, threads);
+  pool(keys, threads);
   const MapStep<W>& map = *steps_.front().map;
   const std::size_t level = map.level, below = level - 1, special = chain_.special();
   const TicketParts parts = ticket_parts(const_cast<W*>(words));
@@ -84,7 +84,12 @@ void Engine<W>::run_ticket(const Keys<W>& keys, std::size_t threads, const W* wo
     chain_.k.add(prime, at, at, parts.map + row * n());
   });
   const bool folds = !map.folds.empty();
-  mod_down_rescale(total, level, c0_.data(), square || folds ? Form::kNtt : Form::kCoefficient);
+  const Form end = square ? Form::kNtt : Form::kCoefficient;
+  const W* bias = map.bias.data();
+  if (folds)
+    mod_down_rescale(level, {{total, c0_.data(), Form::kTimesP}});
+  else
+    mod_down_rescale(level, {{total, c0_.data(), end, bias}});
   if (folds) {
     pool_->each(below + 2, [&](std::size_t row, std::size_t thread) {
       W* out = total + row * n();
@@ -96,17 +101,12 @@ void Engine<W>::run_ticket(const Keys<W>& keys, std::size_t threads, const W* wo
       W *acc = c0_.data() + row * n(), *before = scratch(thread, 0);
       for (const auto& group : map.folds) {
         std::memcpy(before, acc, n() * sizeof(W));
-        for (u32 element : group) chain_.k.permute_add(prime, automorphism(element), acc, before);
+        for (u32 element : group) chain_.k.permute_add(prime, automorphism(element), 0, acc, before);
       }
-      chain_.k.scale(prime, out, acc, chain_.value[special][row]);
-      chain_.k.add(prime, out, out, parts.fold + row * n());
+      chain_.k.add(prime, out, acc, parts.fold + row * n());
     });
-    mod_down(total, below, c0_.data(), square ? Form::kNtt : Form::kCoefficient);
+    mod_down(below, {{total, c0_.data(), end, bias}});
   }
-  pool_->each(level, [&](std::size_t j, std::size_t) {
-    W* at = c0_.data() + j * n();
-    chain_.k.add(chain_.primes[j], at, at, map.bias.data() + j * n());
-  });
   if (!square) {
     std::memcpy(coef_.data(), parts.c1, level * n() * sizeof(W));
     return;
@@ -125,8 +125,8 @@ void Engine<W>::run_ticket(const Keys<W>& keys, std::size_t threads, const W* wo
     chain_.k.scale_add(prime, out0, d0, p);
     chain_.k.scale_add(prime, out1, d1, p);
   });
-  mod_down_rescale(sum(0, 0), below, c0_.data(), Form::kNtt);
-  mod_down_rescale(sum(0, 1), below, coef_.data(), Form::kCoefficient);
+  mod_down_rescale(below,
+                   {{sum(0, 0), c0_.data(), Form::kTimesP}, {sum(0, 1), coef_.data(), Form::kCoefficient}});
   run_from(2, keys);
 }
 
@@ -140,7 +140,7 @@ void Engine<W>::map_row_of_c0(const MapStep<W>& map, std::size_t row, std::size_
     if (map.babies[b] == 1)
       std::memcpy(turned, c0, n() * sizeof(W));
     else
-      chain_.k.permute(automorphism(map.babies[b]), turned, c0, n());
+      chain_.k.permute(automorphism(map.babies[b]), 0, n(), turned, c0);
   }
   const W* in[kMaxTerms];
   const W* plain[2][kMaxTerms];
@@ -172,7 +172,7 @@ void Engine<W>::map_row_of_c0(const MapStep<W>& map, std::size_t row, std::size_
         first = false;
         continue;
       }
-      chain_.k.permute(automorphism(map.giant), turned, out, n());
+      chain_.k.permute(automorphism(map.giant), 0, n(), turned, out);
       if (empty)
         std::memcpy(out, turned, n() * sizeof(W));
       else

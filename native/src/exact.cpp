@@ -101,7 +101,7 @@ Polynomials<W> exact_rotate(const Chain<W>& chain, const Polynomials<W>& a, u32 
   const Automorphism turn(element, chain.log_n);
   Polynomials<W> turned(2, a.rows, a.n);
   for (std::size_t p = 0; p < 2; ++p)
-    for (std::size_t j = 0; j < a.rows; ++j) chain.k.permute(turn, turned.limb(p, j), a.limb(p, j), a.n);
+    for (std::size_t j = 0; j < a.rows; ++j) chain.k.permute(turn, 0, a.n, turned.limb(p, j), a.limb(p, j));
   Polynomials<W> out = switched(chain, turned.limb(1, 0), a.rows, key);
   for (std::size_t j = 0; j < a.rows; ++j)
     chain.k.add(chain.primes[j], out.limb(0, j), out.limb(0, j), turned.limb(0, j));

@@ -138,7 +138,7 @@ void intt(const Prime<W>& p, W* out, const W* in) {
 }
 
 template <class W>
-void reduce(const Prime<W>& p, W* out, const W* in) {
+void reduce(const Part<W>& p, W* out, const W* in) {
   const Modulus<W> mod = p.mod;
   for (std::size_t i = 0; i < p.n; ++i) out[i] = mod.mul(in[i], mod.one);
 }
@@ -150,25 +150,25 @@ W centred(W x, W from, W q) {
 }
 
 template <class W>
-void lift_centred(const Prime<W>& p, W* out, const W* in, W from) {
+void lift_centred(const Part<W>& p, W* out, const W* in, W from) {
   const W q = p.mod.q;
   for (std::size_t i = 0; i < p.n; ++i) out[i] = centred(in[i], from, q);
 }
 
 template <class W>
-void add(const Prime<W>& p, W* out, const W* a, const W* b) {
+void add(const Part<W>& p, W* out, const W* a, const W* b) {
   const Modulus<W> mod = p.mod;
   for (std::size_t i = 0; i < p.n; ++i) out[i] = mod.add(a[i], b[i]);
 }
 
 template <class W>
-void sub(const Prime<W>& p, W* out, const W* a, const W* b) {
+void sub(const Part<W>& p, W* out, const W* a, const W* b) {
   const Modulus<W> mod = p.mod;
   for (std::size_t i = 0; i < p.n; ++i) out[i] = mod.sub(a[i], b[i]);
 }
 
 template <class W>
-void neg(const Prime<W>& p, W* out, const W* a) {
+void neg(const Part<W>& p, W* out, const W* a) {
   const Modulus<W> mod = p.mod;
   for (std::size_t i = 0; i < p.n; ++i) out[i] = mod.neg(a[i]);
 }
@@ -180,32 +180,32 @@ W plain(const Modulus<W>& mod, Wide<W> sum) {
 }
 
 template <class W>
-void mul(const Prime<W>& p, W* out, const W* a, const W* b) {
+void mul(const Part<W>& p, W* out, const W* a, const W* b) {
   const Modulus<W> mod = p.mod;
   for (std::size_t i = 0; i < p.n; ++i) out[i] = plain(mod, static_cast<Wide<W>>(a[i]) * b[i]);
 }
 
 template <class W>
-void scale(const Prime<W>& p, W* out, const W* a, W mont) {
+void scale(const Part<W>& p, W* out, const W* a, W mont) {
   const Modulus<W> mod = p.mod;
   for (std::size_t i = 0; i < p.n; ++i) out[i] = mod.mul(a[i], mont);
 }
 
 template <class W>
-void scale_add(const Prime<W>& p, W* out, const W* a, W mont) {
+void scale_add(const Part<W>& p, W* out, const W* a, W mont) {
   const Modulus<W> mod = p.mod;
   for (std::size_t i = 0; i < p.n; ++i) out[i] = mod.add(out[i], mod.mul(a[i], mont));
 }
 
 template <class W>
-void sub_scale(const Prime<W>& p, W* out, const W* a, const W* t, W mont) {
+void sub_scale(const Part<W>& p, W* out, const W* a, const W* t, W mont) {
   const Modulus<W> mod = p.mod;
   const W two_q = 2 * mod.q;
   for (std::size_t i = 0; i < p.n; ++i) out[i] = mod.mul(a[i] + two_q - reduce_once<W>(t[i], two_q), mont);
 }
 
 template <class W>
-void square(const Prime<W>& p, W* d0, W* d1, W* d2, const W* a0, const W* a1) {
+void square(const Part<W>& p, W* d0, W* d1, W* d2, const W* a0, const W* a1) {
   const Modulus<W> mod = p.mod;
   for (std::size_t i = 0; i < p.n; ++i) {
     const Wide<W> x = a0[i], y = a1[i];
@@ -216,7 +216,7 @@ void square(const Prime<W>& p, W* d0, W* d1, W* d2, const W* a0, const W* a1) {
 }
 
 template <class W>
-void tensor(const Prime<W>& p, W* d0, W* d1, W* d2, const W* a0, const W* a1, const W* b0, const W* b1) {
+void tensor(const Part<W>& p, W* d0, W* d1, W* d2, const W* a0, const W* a1, const W* b0, const W* b1) {
   const Modulus<W> mod = p.mod;
   for (std::size_t i = 0; i < p.n; ++i) {
     const Wide<W> x0 = a0[i], x1 = a1[i], y0 = b0[i], y1 = b1[i];
@@ -229,8 +229,7 @@ void tensor(const Prime<W>& p, W* d0, W* d1, W* d2, const W* a0, const W* a1, co
 /// out (+)= sum a[i] b[i] * 2^-bits. At most 12 products below q^2, q < 2^(bits-2): the sum's high
 /// word is below 3q, so one reduction step leaves less than 4q.
 template <class W>
-void dot(const Prime<W>& p, W* out, const W* const* a, const W* const* b, std::size_t count,
-         bool accumulate) {
+void dot(const Part<W>& p, W* out, const W* const* a, const W* const* b, std::size_t count, bool accumulate) {
   const Modulus<W> mod = p.mod;
   constexpr std::size_t kBlock = kBits<W> == 32 ? 32 : 8;  // sums that stay near the processor
   for (std::size_t at = 0; at < p.n; at += kBlock) {
@@ -250,30 +249,32 @@ void dot(const Prime<W>& p, W* out, const W* const* a, const W* const* b, std::s
 }
 
 template <class W>
-void dot_key(const Prime<W>& p, W* out0, W* out1, const W* const* a, const W* const* b0, const W* const* b1,
+void dot_key(const Part<W>& p, W* out0, W* out1, const W* const* a, const W* const* b0, const W* const* b1,
              std::size_t count, bool accumulate) {
   dot(p, out0, a, b0, count, accumulate);
   dot(p, out1, a, b1, count, accumulate);
 }
 
 template <class W>
-void dot_plain(const Prime<W>& p, W* out0, W* out1, const W* const* a0, const W* const* a1, const W* const* b,
+void dot_plain(const Part<W>& p, W* out0, W* out1, const W* const* a0, const W* const* a1, const W* const* b,
                std::size_t count, bool accumulate) {
   dot(p, out0, a0, b, count, accumulate);
   dot(p, out1, a1, b, count, accumulate);
 }
 
 template <class W>
-void permute(const Automorphism& g, W* out, const W* in, std::size_t n) {
-  const u32* index = g.index.data();
-  for (std::size_t i = 0; i < n; ++i) out[i] = in[index[i]];
+void permute(const Automorphism& g, std::size_t first, std::size_t n, W* out, const W* in) {
+  const u32* index = g.index.data() + first;
+  const std::size_t source = g.source(first, n);
+  for (std::size_t i = 0; i < n; ++i) out[i] = in[index[i] - source];
 }
 
 template <class W>
-void permute_add(const Prime<W>& p, const Automorphism& g, W* out, const W* in) {
+void permute_add(const Part<W>& p, const Automorphism& g, std::size_t first, W* out, const W* in) {
   const Modulus<W> mod = p.mod;
-  const u32* index = g.index.data();
-  for (std::size_t i = 0; i < p.n; ++i) out[i] = mod.add(out[i], in[index[i]]);
+  const u32* index = g.index.data() + first;
+  const std::size_t source = g.source(first, p.n);
+  for (std::size_t i = 0; i < p.n; ++i) out[i] = mod.add(out[i], in[index[i] - source]);
 }
 
 /// Residues of another prime to below 2q: with 32 bits they are below 4q, with 64 anything.
@@ -283,7 +284,7 @@ W below_2q(const Modulus<W>& mod, W x) {
 }
 
 template <class W>
-void round_lift(const Prime<W>& p, W* out, const W* y, W last) {
+void round_lift(const Part<W>& p, W* out, const W* y, W last) {
   const Modulus<W> mod = p.mod;
   const W half = last / 2, add_back = mod.q - half % mod.q;
   for (std::size_t i = 0; i < p.n; ++i) {
@@ -293,12 +294,12 @@ void round_lift(const Prime<W>& p, W* out, const W* y, W last) {
 }
 
 template <class W>
-void pair_high(const Prime<W>& special, W* h, const W* y_special, const W* y_last, W mont) {
+void pair_high(const Part<W>& special, W* h, const W* y_special, const W* y_last, W mont) {
   sub_scale(special, h, y_special, y_last, mont);
 }
 
 template <class W>
-void pair_lift(const Prime<W>& p, W* out, const W* y_last, const W* h, W special, W last, W mont) {
+void pair_lift(const Part<W>& p, W* out, const W* y_last, const W* h, W special, W last, W mont) {
   (void)last;
   const Modulus<W> mod = p.mod;
   for (std::size_t i = 0; i < p.n; ++i) {

@@ -19,8 +19,8 @@ using Vec = typename V::Vec;
 template <class V>
 struct Lanes {
   Vec<V> q, two_q, inverse;
-  BLINDTAIL_INLINE explicit Lanes(const Prime<u32>& p)
-      : q(V::set(p.mod.q)), two_q(V::set(2 * p.mod.q)), inverse(V::set(p.mod.inverse)) {}
+  BLINDTAIL_INLINE explicit Lanes(const Modulus<u32>& mod)
+      : q(V::set(mod.q)), two_q(V::set(2 * mod.q)), inverse(V::set(mod.inverse)) {}
 };
 
 /// A constant factor and Shoup's companion, the same in all lanes.
@@ -35,7 +35,7 @@ BLINDTAIL_INLINE Factor<V> factor(u32 plain, u32 q) {
 }
 
 template <class V>
-BLINDTAIL_INLINE Factor<V> factor_of_mont(u32 mont, const Prime<u32>& p) {
+BLINDTAIL_INLINE Factor<V> factor_of_mont(u32 mont, const Part<u32>& p) {
   const u32 sub = static_cast<u32>((static_cast<u64>(mont * p.mod.inverse) * p.mod.q) >> 32);
   return factor<V>(sub == 0 ? 0 : p.mod.q - sub, p.mod.q);
 }
@@ -103,7 +103,7 @@ BLINDTAIL_INLINE Vec<V> plain(Sums<V> s, const Factor<V>& one, const Lanes<V>& c
 }
 
 template <class V>
-void reduce(const Prime<u32>& p, u32* out, const u32* in) {
+void reduce(const Part<u32>& p, u32* out, const u32* in) {
   const Vec<V> q = V::set(p.mod.q);
   const Factor<V> one = factor<V>(1, p.mod.q);
   for (std::size_t i = 0; i < p.n; i += V::kWords)
@@ -111,7 +111,7 @@ void reduce(const Prime<u32>& p, u32* out, const u32* in) {
 }
 
 template <class V>
-void lift_centred(const Prime<u32>& p, u32* out, const u32* in, u32 from) {
+void lift_centred(const Part<u32>& p, u32* out, const u32* in, u32 from) {
   const Vec<V> half = V::set(from / 2), shift = V::set(2 * p.mod.q - from);
   for (std::size_t i = 0; i < p.n; i += V::kWords) {
     const Vec<V> x = V::load(in + i);
@@ -120,35 +120,35 @@ void lift_centred(const Prime<u32>& p, u32* out, const u32* in, u32 from) {
 }
 
 template <class V>
-void add(const Prime<u32>& p, u32* out, const u32* a, const u32* b) {
+void add(const Part<u32>& p, u32* out, const u32* a, const u32* b) {
   const Vec<V> q = V::set(p.mod.q);
   for (std::size_t i = 0; i < p.n; i += V::kWords)
     V::store(out + i, add_mod<V>(V::load(a + i), V::load(b + i), q));
 }
 
 template <class V>
-void sub(const Prime<u32>& p, u32* out, const u32* a, const u32* b) {
+void sub(const Part<u32>& p, u32* out, const u32* a, const u32* b) {
   const Vec<V> q = V::set(p.mod.q);
   for (std::size_t i = 0; i < p.n; i += V::kWords)
     V::store(out + i, sub_mod<V>(V::load(a + i), V::load(b + i), q));
 }
 
 template <class V>
-void neg(const Prime<u32>& p, u32* out, const u32* a) {
+void neg(const Part<u32>& p, u32* out, const u32* a) {
   const Vec<V> q = V::set(p.mod.q), zero = V::set(0);
   for (std::size_t i = 0; i < p.n; i += V::kWords) V::store(out + i, sub_mod<V>(zero, V::load(a + i), q));
 }
 
 template <class V>
-void mul(const Prime<u32>& p, u32* out, const u32* a, const u32* b) {
-  const Lanes<V> c(p);
+void mul(const Part<u32>& p, u32* out, const u32* a, const u32* b) {
+  const Lanes<V> c(p.mod);
   const Factor<V> one = factor<V>(p.mod.one, p.mod.q);
   for (std::size_t i = 0; i < p.n; i += V::kWords)
     V::store(out + i, plain<V>(product<V>(V::load(a + i), V::load(b + i)), one, c));
 }
 
 template <class V>
-void scale(const Prime<u32>& p, u32* out, const u32* a, u32 mont) {
+void scale(const Part<u32>& p, u32* out, const u32* a, u32 mont) {
   const Vec<V> q = V::set(p.mod.q);
   const Factor<V> f = factor_of_mont<V>(mont, p);
   for (std::size_t i = 0; i < p.n; i += V::kWords)
@@ -156,7 +156,7 @@ void scale(const Prime<u32>& p, u32* out, const u32* a, u32 mont) {
 }
 
 template <class V>
-void scale_add(const Prime<u32>& p, u32* out, const u32* a, u32 mont) {
+void scale_add(const Part<u32>& p, u32* out, const u32* a, u32 mont) {
   const Vec<V> q = V::set(p.mod.q);
   const Factor<V> f = factor_of_mont<V>(mont, p);
   for (std::size_t i = 0; i < p.n; i += V::kWords) {
@@ -166,7 +166,7 @@ void scale_add(const Prime<u32>& p, u32* out, const u32* a, u32 mont) {
 }
 
 template <class V>
-void sub_scale(const Prime<u32>& p, u32* out, const u32* a, const u32* t, u32 mont) {
+void sub_scale(const Part<u32>& p, u32* out, const u32* a, const u32* t, u32 mont) {
   const Vec<V> q = V::set(p.mod.q), two_q = V::set(2 * p.mod.q);
   const Factor<V> f = factor_of_mont<V>(mont, p);
   for (std::size_t i = 0; i < p.n; i += V::kWords) {
@@ -177,8 +177,8 @@ void sub_scale(const Prime<u32>& p, u32* out, const u32* a, const u32* t, u32 mo
 }
 
 template <class V>
-void square(const Prime<u32>& p, u32* d0, u32* d1, u32* d2, const u32* a0, const u32* a1) {
-  const Lanes<V> c(p);
+void square(const Part<u32>& p, u32* d0, u32* d1, u32* d2, const u32* a0, const u32* a1) {
+  const Lanes<V> c(p.mod);
   const Factor<V> one = factor<V>(p.mod.one, p.mod.q);
   for (std::size_t i = 0; i < p.n; i += V::kWords) {
     const Vec<V> x = V::load(a0 + i), y = V::load(a1 + i);
@@ -189,9 +189,9 @@ void square(const Prime<u32>& p, u32* d0, u32* d1, u32* d2, const u32* a0, const
 }
 
 template <class V>
-void tensor(const Prime<u32>& p, u32* d0, u32* d1, u32* d2, const u32* a0, const u32* a1, const u32* b0,
+void tensor(const Part<u32>& p, u32* d0, u32* d1, u32* d2, const u32* a0, const u32* a1, const u32* b0,
             const u32* b1) {
-  const Lanes<V> c(p);
+  const Lanes<V> c(p.mod);
   const Factor<V> one = factor<V>(p.mod.one, p.mod.q);
   for (std::size_t i = 0; i < p.n; i += V::kWords) {
     const Vec<V> x0 = V::load(a0 + i), x1 = V::load(a1 + i), y0 = V::load(b0 + i), y1 = V::load(b1 + i);
@@ -211,10 +211,10 @@ constexpr std::size_t kAhead = 256;
 /// `shared`. kVectors at a time: all sums stay in registers, and loads of pointers are shared.
 /// At most 12 products below q^2 with q < 2^30: the high word is below 3q, and redc's result below 4q.
 template <class V, bool kKey, bool kAccumulate, int kVectors>
-BLINDTAIL_INLINE void dot_loop(const Prime<u32>& p, u32* out0, u32* out1, const u32* const* shared,
+BLINDTAIL_INLINE void dot_loop(const Part<u32>& p, u32* out0, u32* out1, const u32* const* shared,
                                const u32* const* b0, const u32* const* b1, std::size_t count) {
   constexpr std::size_t kStep = kVectors * V::kWords;
-  const Lanes<V> c(p);
+  const Lanes<V> c(p.mod);
   for (std::size_t i = 0; i < p.n; i += kStep) {
     Sums<V> s0[kVectors], s1[kVectors];
 #pragma GCC unroll 4
@@ -250,7 +250,7 @@ BLINDTAIL_INLINE void dot_loop(const Prime<u32>& p, u32* out0, u32* out1, const 
 }
 
 template <class V, bool kKey>
-BLINDTAIL_INLINE void dot(const Prime<u32>& p, u32* out0, u32* out1, const u32* const* shared,
+BLINDTAIL_INLINE void dot(const Part<u32>& p, u32* out0, u32* out1, const u32* const* shared,
                           const u32* const* b0, const u32* const* b1, std::size_t count, bool accumulate) {
   if (p.n % (V::kDotVectors * V::kWords) != 0)  // n = 32
     accumulate ? dot_loop<V, kKey, true, 1>(p, out0, out1, shared, b0, b1, count)
@@ -261,23 +261,26 @@ BLINDTAIL_INLINE void dot(const Prime<u32>& p, u32* out0, u32* out1, const u32* 
 }
 
 template <class V>
-void dot_key(const Prime<u32>& p, u32* out0, u32* out1, const u32* const* a, const u32* const* b0,
+void dot_key(const Part<u32>& p, u32* out0, u32* out1, const u32* const* a, const u32* const* b0,
              const u32* const* b1, std::size_t count, bool accumulate) {
   dot<V, true>(p, out0, out1, a, b0, b1, count, accumulate);
 }
 
 template <class V>
-void dot_plain(const Prime<u32>& p, u32* out0, u32* out1, const u32* const* a0, const u32* const* a1,
+void dot_plain(const Part<u32>& p, u32* out0, u32* out1, const u32* const* a0, const u32* const* a1,
                const u32* const* b, std::size_t count, bool accumulate) {
   dot<V, false>(p, out0, out1, b, a0, a1, count, accumulate);
 }
 
 /// Groups of 16 come from groups of 16, and any aligned half of one from a half of one.
 template <class V, class Put>
-BLINDTAIL_INLINE void permute_loop(const Automorphism& g, const u32* in, std::size_t n, Put put) {
-  const u32 *group = g.group.data(), *lanes = g.lanes.data(), *orders = g.orders.data();
-  for (std::size_t b = 0; b < n / 16; ++b) {
-    const u32 *from = in + 16 * std::size_t{group[b]}, *order = orders + 16 * std::size_t{lanes[b]};
+BLINDTAIL_INLINE void permute_loop(const Automorphism& g, std::size_t first, std::size_t n, const u32* in,
+                                   Put put) {
+  const std::size_t begin = first / 16, groups = n / 16;
+  const u32 *group = g.group.data() + begin, *lanes = g.lanes.data() + begin, *orders = g.orders.data();
+  const std::size_t source = group[0] / groups * groups;
+  for (std::size_t b = 0; b < groups; ++b) {
+    const u32 *from = in + 16 * (group[b] - source), *order = orders + 16 * std::size_t{lanes[b]};
 #pragma GCC unroll 2
     for (std::size_t k = 0; k < 16; k += V::kWords) {
       const u32* part = from + (V::kWords == 16 ? 0 : order[k] & 8);
@@ -287,19 +290,19 @@ BLINDTAIL_INLINE void permute_loop(const Automorphism& g, const u32* in, std::si
 }
 
 template <class V>
-void permute(const Automorphism& g, u32* out, const u32* in, std::size_t n) {
-  permute_loop<V>(g, in, n, [=](std::size_t at, Vec<V> x) { V::store(out + at, x); });
+void permute(const Automorphism& g, std::size_t first, std::size_t n, u32* out, const u32* in) {
+  permute_loop<V>(g, first, n, in, [=](std::size_t at, Vec<V> x) { V::store(out + at, x); });
 }
 
 template <class V>
-void permute_add(const Prime<u32>& p, const Automorphism& g, u32* out, const u32* in) {
+void permute_add(const Part<u32>& p, const Automorphism& g, std::size_t first, u32* out, const u32* in) {
   const Vec<V> q = V::set(p.mod.q);
-  permute_loop<V>(g, in, p.n,
+  permute_loop<V>(g, first, p.n, in,
                   [=](std::size_t at, Vec<V> x) { V::store(out + at, add_mod<V>(V::load(out + at), x, q)); });
 }
 
 template <class V>
-void round_lift(const Prime<u32>& p, u32* out, const u32* y, u32 last) {
+void round_lift(const Part<u32>& p, u32* out, const u32* y, u32 last) {
   const u32 half = last / 2;
   const Vec<V> add_half = V::set(half), modulus = V::set(last), two_q = V::set(2 * p.mod.q);
   const Vec<V> add_back = V::set(p.mod.q - half % p.mod.q);
@@ -310,12 +313,12 @@ void round_lift(const Prime<u32>& p, u32* out, const u32* y, u32 last) {
 }
 
 template <class V>
-void pair_high(const Prime<u32>& special, u32* h, const u32* y_special, const u32* y_last, u32 mont) {
+void pair_high(const Part<u32>& special, u32* h, const u32* y_special, const u32* y_last, u32 mont) {
   sub_scale<V>(special, h, y_special, y_last, mont);
 }
 
 template <class V>
-void pair_lift(const Prime<u32>& p, u32* out, const u32* y_last, const u32* h, u32 special, u32, u32 mont) {
+void pair_lift(const Part<u32>& p, u32* out, const u32* y_last, const u32* h, u32 special, u32, u32 mont) {
   const Vec<V> q = V::set(p.mod.q), two_q = V::set(2 * p.mod.q);
   const Vec<V> half = V::set(special / 2), shift = V::set(2 * p.mod.q - special);
   const Factor<V> f = factor_of_mont<V>(mont, p);

@@ -1,6 +1,8 @@
 // The Python module blindtail.he._native: numpy arrays and bytes in and out, the GIL released while it works.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
@@ -22,6 +24,7 @@ using ByteArray = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb:
 using MutableByteArray = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Doubles = nb::ndarray<const double, nb::c_contig, nb::device::cpu>;
 using Words = nb::ndarray<const u64, nb::c_contig, nb::device::cpu>;
+using Giants = std::vector<std::vector<std::pair<std::size_t, std::size_t>>>;
 
 std::span<const std::uint8_t> span(const ByteArray& a) { return {a.data(), a.size()}; }
 
@@ -39,22 +42,45 @@ struct KeyHandle {
   ByteArray memory;
 };
 
+/// Imaginary parts, which may be missing; an empty array would pass for that.
+std::span<const double> given(const std::optional<Doubles>& imaginary) {
+  if (!imaginary) return {};
+  if (imaginary->size() == 0) throw std::invalid_argument("imaginary parts of no diagonals");
+  return {imaginary->data(), imaginary->size()};
+}
+
 class PyTail {
  public:
   PyTail(int log_n, const std::vector<u64>& primes, const std::string& instructions, int word_bits)
       : tail_(make_tail(log_n, primes, name_or_null(instructions), word_bits)) {}
 
-  void add_map(std::size_t level, const std::vector<u32>& babies,
-               const std::vector<std::vector<std::pair<std::size_t, std::size_t>>>& giants, u32 giant,
+  void add_map(std::size_t level, const std::vector<u32>& babies, const Giants& giants, u32 giant,
                const std::vector<std::vector<u32>>& folds, const Doubles& diagonals, double plain_scale,
-               const Doubles& bias, double bias_scale) {
+               const Doubles& bias, double bias_scale, const std::optional<Doubles>& imaginary) {
     const MapDescription map{level,       babies,
                              giants,      giant,
                              folds,       {diagonals.data(), diagonals.size()},
                              plain_scale, {bias.data(), bias.size()},
-                             bias_scale};
+                             bias_scale,  given(imaginary)};
     const nb::gil_scoped_release released;
     tail_->add_map(map);
+  }
+
+  void encode_map(std::size_t level, const Doubles& diagonals, double plain_scale, const Doubles& bias,
+                  double bias_scale, const MutableByteArray& out, const std::optional<Doubles>& imaginary) {
+    const MapDescription map{level,       {},
+                             {},          1,
+                             {},          {diagonals.data(), diagonals.size()},
+                             plain_scale, {bias.data(), bias.size()},
+                             bias_scale,  given(imaginary)};
+    const nb::gil_scoped_release released;
+    tail_->encode_map(map, {out.data(), out.size()});
+  }
+
+  void add_encoded_map(std::size_t level, const std::vector<u32>& babies, const Giants& giants, u32 giant,
+                       const std::vector<std::vector<u32>>& folds, const ByteArray& encoded) {
+    encoded_.push_back(encoded);
+    tail_->add_encoded_map({level, babies, giants, giant, folds, {}, 1, {}, 1}, span(encoded));
   }
 
   void prepare_key(u32 element, std::size_t level, const ByteArray& body, const MutableByteArray& out) const {
@@ -123,6 +149,7 @@ class PyTail {
     return threads;
   }
 
+  std::vector<ByteArray> encoded_;  // what the tail reads in place; outlives it
   std::unique_ptr<Tail> tail_;
 };
 
@@ -208,19 +235,33 @@ std::vector<std::string> instruction_sets() {
   return found;
 }
 
-/// The engine's parts against the clock, for benchmarks.
+/// The engine's parts against the clock, for benchmarks and predictions.
 class PyTimer {
  public:
   PyTimer(int log_n, const std::vector<u64>& primes, const std::string& instructions, int word_bits,
-          std::size_t rotations) {
+          std::size_t rotations, std::size_t threads) {
+    const nb::gil_scoped_release released;
     if (word_bits == 32)
-      narrow_.emplace(log_n, primes, name_or_null(instructions), rotations);
+      narrow_.emplace(log_n, primes, name_or_null(instructions), rotations, threads);
     else
-      wide_.emplace(log_n, primes, "portable", rotations);
+      wide_.emplace(log_n, primes, "portable", rotations, threads);
   }
   std::vector<double> run(const std::string& part, std::size_t times) {
     const nb::gil_scoped_release released;
     return narrow_ ? narrow_->run(part, times) : wide_->run(part, times);
+  }
+  /// (open, expand, decompose, rotations, low, copies, products, divide) of each.
+  std::vector<std::array<double, 8>> stages(std::size_t bytes, std::size_t rotations, std::size_t diagonals,
+                                            std::size_t times) {
+    const nb::gil_scoped_release released;
+    std::vector<std::array<double, 8>> found;
+    const auto take = [&](auto& timer) {
+      for (const auto& one : timer.stages(bytes, rotations, diagonals, times))
+        found.push_back({one.open, one.expand, one.decompose, one.rotations, one.low, one.copies,
+                         one.products, one.divide});
+    };
+    narrow_ ? take(*narrow_) : take(*wide_);
+    return found;
   }
 
  private:
@@ -230,10 +271,12 @@ class PyTimer {
 
 void time_kernels(nb::module_& module) {
   nb::class_<PyTimer>(module, "Timer")
-      .def(nb::init<int, const std::vector<u64>&, const std::string&, int, std::size_t>(), nb::arg("log_n"),
-           nb::arg("primes"), nb::arg("instructions") = "", nb::arg("word_bits") = 32,
-           nb::arg("rotations") = 8)
-      .def("run", &PyTimer::run, nb::arg("part"), nb::arg("times"));
+      .def(nb::init<int, const std::vector<u64>&, const std::string&, int, std::size_t, std::size_t>(),
+           nb::arg("log_n"), nb::arg("primes"), nb::arg("instructions") = "", nb::arg("word_bits") = 32,
+           nb::arg("rotations") = 8, nb::arg("threads") = 1)
+      .def("run", &PyTimer::run, nb::arg("part"), nb::arg("times"))
+      .def("stages", &PyTimer::stages, nb::arg("bytes"), nb::arg("rotations"), nb::arg("diagonals"),
+           nb::arg("times"));
 }
 
 }  // namespace
@@ -251,7 +294,17 @@ NB_MODULE(_native, module) {
            nb::arg("primes"), nb::arg("instructions") = "", nb::arg("word_bits") = 0)
       .def("add_map", &PyTail::add_map, nb::arg("level"), nb::arg("babies"), nb::arg("giants"),
            nb::arg("giant"), nb::arg("folds"), nb::arg("diagonals"), nb::arg("plain_scale"), nb::arg("bias"),
-           nb::arg("bias_scale"))
+           nb::arg("bias_scale"), nb::arg("imaginary") = nb::none())
+      .def(
+          "map_bytes",
+          [](PyTail& self, std::size_t level, std::size_t diagonals) {
+            return self.tail().map_bytes(level, diagonals);
+          },
+          nb::arg("level"), nb::arg("diagonals"))
+      .def("encode_map", &PyTail::encode_map, nb::arg("level"), nb::arg("diagonals"), nb::arg("plain_scale"),
+           nb::arg("bias"), nb::arg("bias_scale"), nb::arg("out"), nb::arg("imaginary") = nb::none())
+      .def("add_encoded_map", &PyTail::add_encoded_map, nb::arg("level"), nb::arg("babies"),
+           nb::arg("giants"), nb::arg("giant"), nb::arg("folds"), nb::arg("encoded"))
       .def(
           "add_square", [](PyTail& self, std::size_t level) { self.tail().add_square(level); },
           nb::arg("level"))
@@ -268,6 +321,7 @@ NB_MODULE(_native, module) {
       .def("prepare_key", &PyTail::prepare_key, nb::arg("element"), nb::arg("level"), nb::arg("body"),
            nb::arg("out"))
       .def("load_keys", &PyTail::load_keys, nb::arg("memory"), nb::arg("shapes"))
+      .def("expect", [](PyTail& self) { self.tail().expect(); })
       .def("evaluate", &PyTail::evaluate, nb::arg("keys"), nb::arg("body"), nb::arg("threads") = 1)
       .def("make_ticket", &PyTail::make_ticket, nb::arg("keys"), nb::arg("seed"), nb::arg("threads") = 1)
       .def("evaluate_ticket", &PyTail::evaluate_ticket, nb::arg("keys"), nb::arg("body"), nb::arg("ticket"),

@@ -29,7 +29,21 @@ struct Prime {
   Prime(W q, int log_n);
 };
 
+/// A run of words modulo one prime: a whole limb, or a block of one, as loops word by word take them.
+template <class W>
+struct Part {
+  const Modulus<W>& mod;
+  std::size_t n;
+
+  Part(const Prime<W>& prime) : Part(prime, prime.n) {}  // not explicit: a limb is a part of itself
+  Part(const Prime<W>& prime, std::size_t words) : mod(prime.mod), n(words) {}
+};
+
 /// X -> X^g on polynomials in NTT form: out[i] = in[index[i]].
+///
+/// Position i holds the value at psi^(2 bitrev(i) + 1), so the high bits of i are the exponent's low bits,
+/// and those of the source follow from them alone: an aligned block of any power of two comes from one such
+/// block.
 ///
 /// A group of 16 neighbours comes from one group of 16 neighbours (bit-reversed order):
 /// group[b] is the source group of output group b, lanes[b] the row of `orders` that says
@@ -42,6 +56,8 @@ struct Automorphism {
   std::vector<u32> orders;
 
   Automorphism(u32 element, int log_n);
+  /// Where the block comes from that goes to [first, first + n): n a power of two >= 16 that divides `first`.
+  std::size_t source(std::size_t first, std::size_t n) const { return index[first] / n * n; }
 };
 
 u32 reverse_bits(u32 value, int bits);

@@ -8,8 +8,7 @@
 namespace blindtail {
 namespace {
 
-/// Blocks made at once: 32 KiB, which stay in the first-level cache.
-constexpr std::size_t kChunk = 8;
+constexpr std::size_t kChunk = 8;  // blocks made at once
 
 template <class W>
 struct Reduction {
@@ -66,49 +65,62 @@ SeedStream::SeedStream(const std::uint8_t seed[kSeedBytes], const CodecKernels& 
 }
 
 template <class W>
-void sample_uniform(WordStream& stream, std::span<const u64> primes, std::size_t n, W* const* rows,
-                    const CodecKernels& kernels) {
+Sampling<W>::Sampling(WordStream& stream, std::span<const u64> primes, std::size_t n, W* const* rows,
+                      const CodecKernels& kernels)
+    : stream_(stream), primes_(primes), n_(n), rows_(rows), kernels_(kernels) {
   constexpr u64 kLimit = u64{1} << (kBits<W> == 32 ? 30 : 60);
   for (const u64 q : primes)
     if (q < 3 || q % 2 == 0 || q >= kLimit)
       throw std::invalid_argument("a prime is even or outside its word's range");
+  rejected_.resize(primes.size() * pieces_of_row());
+}
+
+template <class W>
+void Sampling<W>::make(std::size_t r, std::size_t piece) {
+  if (rows_[r] == nullptr) return;
   alignas(64) u64 buffer[kChunk * kStreamBlockWords];
-  std::vector<bool> redraw;  // rows with a rejected word; empty while there are none
-  std::size_t end = 0;       // rows that redraws concern
-  for (std::size_t r = 0; r < primes.size(); ++r) {
-    if (rows[r] == nullptr) continue;
-    const Reduction<W> reduction(primes[r]);
-    const u64 bound = rejection_bound(primes[r]);
-    bool rejected = false;
-    over_words(stream, u64{r} * n, n, buffer, [&](std::size_t at, const u64* words, std::size_t count) {
-      rejected |= kernels.any_at_least(words, count, bound);
-      reduction(kernels, words, count, rows[r] + at);
-    });
-    if (!rejected) continue;
-    redraw.resize(primes.size());
-    redraw[r] = true;
-    end = r + 1;
-  }
+  const Reduction<W> reduction(primes_[r]);
+  const u64 bound = rejection_bound(primes_[r]);
+  const std::size_t first = piece * kPiece, many = std::min(kPiece, n_ - first);
+  W* out = rows_[r] + first;
+  bool rejected = false;
+  over_words(stream_, u64{r} * n_ + first, many, buffer,
+             [&](std::size_t at, const u64* words, std::size_t count) {
+               rejected |= kernels_.any_at_least(words, count, bound);
+               reduction(kernels_, words, count, out + at);
+             });
+  rejected_[r * pieces_of_row() + piece] = rejected;
+}
+
+template <class W>
+void Sampling<W>::finish() {
+  const std::size_t pieces = pieces_of_row();
+  const auto rejected = [&](std::size_t r) {
+    const auto begin = rejected_.begin() + static_cast<std::ptrdiff_t>(r * pieces);
+    return std::any_of(begin, begin + static_cast<std::ptrdiff_t>(pieces),
+                       [](std::uint8_t x) { return x != 0; });
+  };
+  std::size_t end = primes_.size();  // rows that redraws concern
+  while (end > 0 && !rejected(end - 1)) --end;
   if (end == 0) return;
   // Rows nobody wants take redrawn words too, so that they must be looked through as well.
-  Reader reader(stream, u64{primes.size()} * n);
+  alignas(64) u64 buffer[kChunk * kStreamBlockWords];
+  Reader reader(stream_, u64{primes_.size()} * n_);
   for (std::size_t r = 0; r < end; ++r) {
-    if (rows[r] != nullptr && !redraw[r]) continue;
-    const u64 bound = rejection_bound(primes[r]);
-    over_words(stream, u64{r} * n, n, buffer, [&](std::size_t at, const u64* words, std::size_t count) {
+    if (rows_[r] != nullptr && !rejected(r)) continue;
+    const u64 bound = rejection_bound(primes_[r]);
+    over_words(stream_, u64{r} * n_, n_, buffer, [&](std::size_t at, const u64* words, std::size_t count) {
       for (std::size_t i = 0; i < count; ++i) {
         if (words[i] < bound) continue;
         u64 word = reader.next();
         while (word >= bound) word = reader.next();
-        if (rows[r] != nullptr) rows[r][at + i] = static_cast<W>(word % primes[r]);
+        if (rows_[r] != nullptr) rows_[r][at + i] = static_cast<W>(word % primes_[r]);
       }
     });
   }
 }
 
-template void sample_uniform<u32>(WordStream&, std::span<const u64>, std::size_t, u32* const*,
-                                  const CodecKernels&);
-template void sample_uniform<u64>(WordStream&, std::span<const u64>, std::size_t, u64* const*,
-                                  const CodecKernels&);
+template class Sampling<u32>;
+template class Sampling<u64>;
 
 }  // namespace blindtail

@@ -39,10 +39,43 @@ class TailOf final : public Tail {
         encoder_(log_n, codec_) {}
 
   void add_map(const MapDescription& map) override {
-    const std::size_t slots = n() / 2;
-    if (map.level < 1 || map.level + 2 > primes_.size()) throw std::invalid_argument("a map's level");
-    if (map.diagonals.size() % slots || map.bias.size() != slots)
+    own_.emplace_back(map_bytes(map.level, map.diagonals.size() / (n() / 2)));
+    const std::span<std::uint8_t> place(own_.back().data(), own_.back().size());
+    encode_map(map, place);
+    add_encoded_map(map, place);
+  }
+
+  std::size_t map_bytes(std::size_t level, std::size_t diagonals) const override {
+    check_level(level);
+    if (diagonals > n() / 2) throw std::invalid_argument("a map has more diagonals than slots");
+    return ((level + 2) * diagonals + level) * n() * sizeof(W);
+  }
+
+  void encode_map(const MapDescription& map, std::span<std::uint8_t> out) override {
+    const std::size_t slots = n() / 2, count = map.diagonals.size() / slots;
+    if (map.diagonals.size() % slots || map.bias.size() != slots ||
+        (!map.imaginary.empty() && map.imaginary.size() != map.diagonals.size()))
       throw std::invalid_argument("a map's slots");
+    check_place(out, map_bytes(map.level, count));
+    W* const plain = reinterpret_cast<W*>(out.data());
+    W* const bias = plain + (map.level + 2) * count * n();
+    std::vector<W*> rows(map.level + 2);
+    for (std::size_t d = 0; d < count; ++d) {
+      for (std::size_t row = 0; row < rows.size(); ++row) rows[row] = plain + (row * count + d) * n();
+      const double* imaginary = map.imaginary.empty() ? nullptr : map.imaginary.data() + d * slots;
+      encode(map.diagonals.data() + d * slots, imaginary, map.plain_scale, map.level, true, rows);
+      for (std::size_t row = 0; row < rows.size(); ++row) {
+        const Prime<W>& prime = this->prime(row, map.level);
+        chain().k.scale(prime, rows[row], rows[row], prime.mod.square);
+      }
+    }
+    rows.resize(map.level);
+    for (std::size_t row = 0; row < rows.size(); ++row) rows[row] = bias + row * n();
+    encode(map.bias.data(), nullptr, map.bias_scale, map.level - 1, false, rows);
+    if (map.level == 1) chain().k.intt(chain().primes[0], rows[0], rows[0]);  // replies are coefficients
+  }
+
+  void add_encoded_map(const MapDescription& map, std::span<const std::uint8_t> encoded) override {
     MapStep<W> step;
     step.level = map.level;
     step.babies = map.babies;
@@ -50,27 +83,17 @@ class TailOf final : public Tail {
     step.folds = map.folds;
     for (const auto& giant : map.giants) {
       auto& terms = step.giants.emplace_back();
-      for (const auto& [baby, diagonal] : giant) terms.push_back({baby, diagonal});
-    }
-    step.diagonals = map.diagonals.size() / slots;
-    step.plain = Buffer<W>((map.level + 2) * step.diagonals * n());
-    std::vector<W*> rows(map.level + 2);
-    for (std::size_t d = 0; d < step.diagonals; ++d) {
-      for (std::size_t row = 0; row < rows.size(); ++row)
-        rows[row] = step.plain.data() + (row * step.diagonals + d) * n();
-      encode(map.diagonals.subspan(d * slots, slots), map.plain_scale, map.level, true, rows);
-      for (std::size_t row = 0; row < rows.size(); ++row) {
-        const Prime<W>& prime = this->prime(row, map.level);
-        chain().k.scale(prime, rows[row], rows[row], prime.mod.square);
+      for (const auto& [baby, diagonal] : giant) {
+        terms.push_back({baby, diagonal});
+        step.diagonals = std::max(step.diagonals, diagonal + 1);
       }
     }
-    step.bias = Buffer<W>(map.level * n());
-    rows.resize(map.level);
-    for (std::size_t row = 0; row < rows.size(); ++row) rows[row] = step.bias.data() + row * n();
-    encode(map.bias, map.bias_scale, map.level - 1, false, rows);
-    if (map.level == 1) chain().k.intt(chain().primes[0], rows[0], rows[0]);  // replies are coefficients
-    plain_bytes_ += (step.plain.size() + step.bias.size()) * sizeof(W);
+    check_place(encoded, map_bytes(map.level, step.diagonals));
+    const std::span<const W> words(reinterpret_cast<const W*>(encoded.data()), encoded.size() / sizeof(W));
+    step.bias = words.last(map.level * n());
+    step.plain = words.first(words.size() - step.bias.size());
     engine_.add_map(std::move(step));
+    plain_bytes_ += encoded.size();
   }
 
   void add_square(std::size_t level) override { engine_.add_square(level); }
@@ -125,7 +148,7 @@ class TailOf final : public Tail {
           W* from = words.data() + (half * rows + row) * n();
           chain().k.scale(prime, line.data(), from, prime.mod.square);
           if (shape.element > 1)
-            chain().k.permute(back, from, line.data(), n());
+            chain().k.permute(back, 0, n(), from, line.data());
           else
             std::memcpy(from, line.data(), n() * sizeof(W));
           const std::size_t to = ((row * (level + 1) + digit) * 2 + half) * n() * sizeof(W);
@@ -145,12 +168,17 @@ class TailOf final : public Tail {
     return loaded;
   }
 
+  void expect() override {
+    const std::unique_lock lock(mutex_, std::try_to_lock);  // somebody else's run has them awake
+    if (lock) engine_.wake();
+  }
+
   std::vector<std::uint8_t> evaluate(const LoadedKeys& keys, std::span<const std::uint8_t> body,
                                      std::size_t threads) override {
     const std::lock_guard lock(mutex_);
     std::uint8_t seed[kSeedBytes];
-    read(body, seed);
-    expand(seed);
+    parse_seed(body, input_primes(), n(), seed);
+    read(engine_.pool(typed(keys), threads), body, seed);
     engine_.run(typed(keys), threads);
     return write_reply<W>(reply_, engine_.output(0), engine_.output(1));
   }
@@ -163,7 +191,7 @@ class TailOf final : public Tail {
     made->words = Buffer<W>(engine_.ticket_words());
     made->keys = keys.id;
     std::copy(seed.begin(), seed.end(), made->seed);
-    expand(made->seed);
+    read(engine_.pool(typed(keys), threads), {}, made->seed);
     engine_.make_ticket(typed(keys), threads, made->words.data());
     return made;
   }
@@ -175,7 +203,8 @@ class TailOf final : public Tail {
       throw std::invalid_argument("a ticket of another tail or of other keys");
     const std::lock_guard lock(mutex_);
     std::uint8_t seed[kSeedBytes];
-    read(body, seed);
+    parse_seed(body, input_primes(), n(), seed);
+    read(engine_.pool(typed(keys), threads), body, nullptr);
     if (!std::equal(seed, seed + kSeedBytes, mine->seed))
       throw std::invalid_argument("a ticket of another request");
     engine_.run_ticket(typed(keys), threads, mine->words.data());
@@ -196,16 +225,36 @@ class TailOf final : public Tail {
   }
 
  private:
-  /// The body's c0 to where a run reads it; its seed.
-  void read(std::span<const std::uint8_t> body, std::uint8_t* seed) {
+  std::span<const u64> input_primes() const { return {primes_.data(), engine_.input_level() + 1}; }
+  /// To where a run reads them: c0 from a body whose length is right, unless it is empty, and c1 from
+  /// its seed, unless there is none.
+  void read(Pool& pool, std::span<const std::uint8_t> body, const std::uint8_t* seed) {
+    const std::span<const u64> primes = input_primes();
     rows_.clear();
-    for (std::size_t j = 0; j <= engine_.input_level(); ++j) rows_.push_back(engine_.input(0, j));
-    parse_seeded<W>(body, {primes_.data(), rows_.size()}, n(), seed, rows_.data(), codec_);
+    for (std::size_t j = 0; j < primes.size(); ++j) rows_.push_back(engine_.input(1, j));
+    std::uint8_t none[kSeedBytes] = {};
+    SeedStream stream(seed != nullptr ? seed : none, codec_);
+    Sampling<W> c1(stream, primes, n(), rows_.data(), codec_);
+    // Row by row: the same thread goes on with a row.
+    const std::size_t pieces = seed != nullptr ? c1.pieces_of_row() : 0, items = 1 + pieces;
+    std::atomic<bool> good = true;
+    pool.each(primes.size() * items, [&](std::size_t item, std::size_t) {
+      const std::size_t j = item / items, piece = item % items;
+      if (piece < pieces)
+        c1.make(j, piece);
+      else if (!body.empty() && !parse_row<W>(body, primes, n(), j, engine_.input(0, j), codec_))
+        good = false;
+    });
+    if (!good) refuse_residues();
+    if (pieces > 0) c1.finish();
   }
-  void expand(const std::uint8_t* seed) {
-    rows_.clear();
-    for (std::size_t j = 0; j <= engine_.input_level(); ++j) rows_.push_back(engine_.input(1, j));
-    expand_seed<W>(seed, {primes_.data(), rows_.size()}, n(), rows_.data(), codec_);
+  void check_level(std::size_t level) const {
+    if (level < 1 || level + 2 > primes_.size()) throw std::invalid_argument("a map's level");
+  }
+  static void check_place(std::span<const std::uint8_t> bytes, std::size_t wanted) {
+    if (bytes.size() != wanted) throw std::invalid_argument("an encoded map's size");
+    if (reinterpret_cast<std::uintptr_t>(bytes.data()) % 64)
+      throw std::invalid_argument("an encoded map's alignment: it begins at a multiple of 64 bytes");
   }
   const Chain<W>& chain() const { return engine_.chain(); }
   std::size_t n() const { return chain().n; }
@@ -217,11 +266,12 @@ class TailOf final : public Tail {
     if (mine == nullptr) throw std::invalid_argument("keys of another word size");
     return mine->keys;
   }
-  void encode(std::span<const double> slots, double scale, std::size_t level, bool special,
+  /// N / 2 slots; `imaginary` may be null.
+  void encode(const double* slots, const double* imaginary, double scale, std::size_t level, bool special,
               std::vector<W*>& rows) {
     std::vector<const Prime<W>*> list;
     for (std::size_t row = 0; row < level + (special ? 2 : 1); ++row) list.push_back(&prime(row, level));
-    encoder_.encode(slots.data(), nullptr, scale, list, &chain().k, rows.data());
+    encoder_.encode(slots, imaginary, scale, list, &chain().k, rows.data());
   }
 
   std::vector<u64> primes_;
@@ -229,6 +279,7 @@ class TailOf final : public Tail {
   Engine<W> engine_;
   Encoder<W> encoder_;
   std::mutex mutex_;
+  std::vector<Buffer<std::uint8_t>> own_;  // maps that were encoded here
   std::vector<W*> rows_;
   std::size_t plain_bytes_ = 0;
   ReplyShape reply_{};

@@ -24,7 +24,8 @@ struct StoredKey {
   std::span<const std::uint8_t> bytes;
 };
 
-/// An affine map as the compiler describes it; slots are doubles, one row of N/2 for each diagonal.
+/// An affine map as the compiler describes it; slots are doubles, one row of N/2 for each diagonal, of which
+/// there are as many as `giants` name.
 struct MapDescription {
   std::size_t level = 0;
   std::vector<u32> babies;
@@ -35,6 +36,7 @@ struct MapDescription {
   double plain_scale = 1;
   std::span<const double> bias;
   double bias_scale = 1;
+  std::span<const double> imaginary = {};  // of the diagonals; empty: they are real
 };
 
 /// The two word types behind one face. Throws std::invalid_argument for what cannot be, BodyError for
@@ -61,11 +63,20 @@ class Tail {
   virtual ~Tail() = default;
   /// The maps and squares in their order, then `finish`. period, dropped: the reply's form.
   virtual void add_map(const MapDescription& map) = 0;
+  /// Bytes of an encoded map, diagonals and bias: a multiple of 64.
+  virtual std::size_t map_bytes(std::size_t level, std::size_t diagonals) const = 0;
+  /// Encodes a map's diagonals and bias to `out`, `map_bytes` and 64-byte aligned, and adds nothing. The
+  /// bytes depend on the word size, not on instructions.
+  virtual void encode_map(const MapDescription& map, std::span<std::uint8_t> out) = 0;
+  /// As `add_map` for what `encode_map` made of this map: it is read in place, from memory that the caller
+  /// keeps alive and unchanged, and the description's diagonals and bias are not looked at.
+  virtual void add_encoded_map(const MapDescription& map, std::span<const std::uint8_t> encoded) = 0;
   virtual void add_square(std::size_t level) = 0;
   virtual void finish(std::size_t period, int dropped) = 0;
 
   virtual int word_bits() const = 0;
   virtual const char* instructions() const = 0;
+  /// Of all maps' encoded diagonals and biases, wherever they are.
   virtual std::size_t plain_bytes() const = 0;
 
   /// Bytes of one prepared key, a multiple of 64.
@@ -75,6 +86,8 @@ class Tail {
                            std::span<std::uint8_t> out) const = 0;
   virtual std::unique_ptr<LoadedKeys> load_keys(const std::vector<StoredKey>& stored) const = 0;
 
+  /// An evaluation is soon to come: helpers wake up meanwhile. Changes no result; any thread may call it.
+  virtual void expect() = 0;
   /// Body of a ciphertext container -> body of a reply container. Thread-safe: one at a time.
   virtual std::vector<std::uint8_t> evaluate(const LoadedKeys& keys, std::span<const std::uint8_t> body,
                                              std::size_t threads) = 0;

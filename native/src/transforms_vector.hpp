@@ -121,7 +121,7 @@ BLINDTAIL_INLINE int next_layers(int left) {
 template <class V, int kLayers>
 void forward_pass(const Prime<u32>& p, u32* out, const u32* in, std::size_t blocks) {
   constexpr int kCount = 1 << kLayers;
-  const Lanes<V> c(p);
+  const Lanes<V> c(p.mod);
   const Roots r = {p.roots.data(), p.roots_shoup.data()};
   const std::size_t t = p.n / blocks / kCount;
   for (std::size_t b = 0; b < blocks; ++b) {
@@ -192,7 +192,7 @@ void ntt(const Prime<u32>& p, u32* out, const u32* in) {
     left -= layers;
     in = out;
   }
-  const Lanes<V> c(p);
+  const Lanes<V> c(p.mod);
   const Roots r = {p.roots.data(), p.roots_shoup.data()};
   const std::size_t pairs = p.n / (2 * V::kWords);
   std::size_t b = 0;
@@ -204,7 +204,7 @@ void ntt(const Prime<u32>& p, u32* out, const u32* in) {
 template <class V, int kLayers, bool kLast>
 BLINDTAIL_INLINE void backward_loop(const Prime<u32>& p, u32* out, std::size_t blocks) {
   constexpr int kCount = 1 << kLayers;
-  const Lanes<V> c(p);
+  const Lanes<V> c(p.mod);
   const Roots r = {p.inverse_roots.data(), p.inverse_roots_shoup.data()};
   const std::size_t t = p.n / blocks / kCount;
   for (std::size_t b = 0; b < blocks; ++b) {
@@ -236,7 +236,7 @@ void backward_pass(const Prime<u32>& p, u32* out, std::size_t blocks) {
 
 template <class V>
 void intt(const Prime<u32>& p, u32* out, const u32* in) {
-  const Lanes<V> c(p);
+  const Lanes<V> c(p.mod);
   const Roots r = {p.inverse_roots.data(), p.inverse_roots_shoup.data()};
   const std::size_t pairs = p.n / (2 * V::kWords);
   std::size_t b = 0;

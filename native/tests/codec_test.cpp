@@ -7,6 +7,7 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "bits.hpp"
@@ -135,6 +136,20 @@ void test_redraws(const std::vector<u64>& primes) {
             if (wanted >> i & 1)
               CHECK(std::equal(out.words[i].begin(), out.words[i].end(), expected[i].begin()));
         }
+      // Piece by piece by two threads, each from its own end.
+      Limbs<W> out(primes.size(), n);
+      Sampling<W> sampling(stream, primes, n, out.rows.data());
+      const std::size_t pieces = sampling.pieces_of_row(), count = primes.size() * pieces;
+      CHECK(n < 8192 || pieces > 1);
+      const auto make = [&](std::size_t i) { sampling.make(i / pieces, i % pieces); };
+      std::thread other([&] {
+        for (std::size_t i = count; i-- > count / 2;) make(i);
+      });
+      for (std::size_t i = 0; i < count / 2; ++i) make(i);
+      other.join();
+      sampling.finish();
+      for (std::size_t i = 0; i < primes.size(); ++i)
+        CHECK(std::equal(out.words[i].begin(), out.words[i].end(), expected[i].begin()));
     }
 }
 

@@ -80,8 +80,8 @@ void bench(const Kernels<W>& k, int log_n) {
   line("ntt", [&] { k.ntt(p, l[0], l[1]); });
   line("ntt, in place", [&] { k.ntt(p, l[0], l[0]); });
   line("intt", [&] { k.intt(p, l[0], l[1]); });
-  line("permute", [&] { k.permute(g, l[0], l[1], n); });
-  line("permute_add", [&] { k.permute_add(p, g, l[0], l[1]); });
+  line("permute", [&] { k.permute(g, 0, n, l[0], l[1]); });
+  line("permute_add", [&] { k.permute_add(p, g, 0, l[0], l[1]); });
   line("reduce", [&] { k.reduce(p, l[0], l[1]); });
   line("lift_centred", [&] { k.lift_centred(p, l[0], l[1], other); });
   line("add", [&] { k.add(p, l[0], l[1], l[2]); });

@@ -1,6 +1,7 @@
 // Every kernel of every instruction set this processor has, against its definition written with %.
 #include "kernels.hpp"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -255,12 +256,23 @@ struct Tester {
       }
       plain.ntt(p, wanted.data(), wanted.data());
       plain.ntt(p, in.data(), a.data());
-      k.permute(map, out.data(), in.data(), n);
-      same(out, wanted, name("permute"));
-      out = copy(before);
-      k.permute_add(p, map, out.data(), in.data());
-      for (std::size_t i = 0; i < n; ++i) wanted[i] = plus(wanted[i], before[i]);
-      same(out, wanted, name("permute_add"));
+      Buffer<W> sum(n);
+      for (std::size_t i = 0; i < n; ++i) sum[i] = plus(wanted[i], before[i]);
+      // A block comes from one block alone: nothing else is given.
+      for (std::size_t block = n; block >= 32; block /= 4) {
+        out = Buffer<W>(n);
+        Buffer<W> added = copy(before), part(block), from(block);
+        for (std::size_t first = 0; first < n; first += block) {
+          const std::size_t source = map.source(first, block);
+          CHECK(source % block == 0 && source < n, "%s, block of %zu", name("source").c_str(), block);
+          std::copy_n(in.data() + source, block, from.data());
+          k.permute(map, first, block, part.data(), from.data());
+          std::copy_n(part.data(), block, out.data() + first);
+          k.permute_add({p, block}, map, first, added.data() + first, from.data());
+        }
+        same(out, wanted, name("permute"));
+        same(added, sum, name("permute_add"));
+      }
     }
   }
 

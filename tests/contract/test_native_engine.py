@@ -65,7 +65,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Client:
 def test_every_choice_gives_the_same_bytes(client: Client) -> None:
     request = client.request()
     choices: list[dict[str, object]] = [{"instructions": name} for name in native.instruction_sets()]
-    choices += [{"word_bits": 64}, {"threads": 2}, {"threads": 3, "word_bits": 64}]
+    choices += [{"threads": threads} for threads in (2, 3, 4)]
+    choices += [{"word_bits": 64}, {"threads": 3, "word_bits": 64}]
     replies = set()
     for choice in choices:
         evaluator, keys = client.opened(**choice)
@@ -130,7 +131,8 @@ def seed_of(request: bytes) -> bytes:
 
 def test_a_ticket_gives_the_bytes_of_a_whole_run(client: Client) -> None:
     requests = [client.request(seed) for seed in range(3)]
-    for choice in ({"instructions": name} for name in native.instruction_sets()):
+    choices: list[dict[str, object]] = [{"instructions": name} for name in native.instruction_sets()]
+    for choice in [*choices, {"threads": 2}, {"threads": 3}]:
         evaluator, keys = client.opened(**choice)
         want = [evaluator.evaluate(keys, request) for request in requests]
         tickets = [evaluator.make_ticket(keys, seed_of(request)) for request in requests]

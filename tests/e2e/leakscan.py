@@ -31,6 +31,7 @@ _CHUNK = 2_000_000
 _MAX_UNPACKED = 64_000_000
 #: Of large forms every fourth window is looked for: three bytes more are then needed for a find.
 _LARGE, _STRIDE = 100_000, 4
+_SIEVE_BITS = 26
 _COMPRESSED_HEADER = 16  # a frame's first bytes are the same for any content
 
 
@@ -109,7 +110,7 @@ class Scanner:
 
     def __init__(self, forms: list[Form]) -> None:
         self._forms = forms
-        self._tables: dict[int, tuple[Hashes, NDArray[np.int64]]] = {}
+        self._tables: dict[int, tuple[Hashes, NDArray[np.int64], NDArray[np.bool_]]] = {}
         by_window: dict[int, list[int]] = {}
         for i, form in enumerate(forms):
             by_window.setdefault(form.window, []).append(i)
@@ -128,16 +129,18 @@ class Scanner:
                 continue
             every, where = np.concatenate(hashes), np.concatenate(places)
             order = np.argsort(every, kind="stable")
-            self._tables[window] = every[order], where[order]
+            known = np.zeros(1 << _SIEVE_BITS, np.bool_)
+            known[_sieve(every)] = True
+            self._tables[window] = every[order], where[order], known
 
     @property
     def windows(self) -> int:
         """How many windows are looked for; 0 would make a scan meaningless."""
-        return sum(len(hashes) for hashes, _ in self._tables.values())
+        return sum(len(hashes) for hashes, _, _ in self._tables.values())
 
     def covered(self) -> set[tuple[str, str]]:
         """(secret, form) pairs that have at least one window to look for."""
-        members = {int(i) for _, places in self._tables.values() for i in np.unique(places >> 40)}
+        members = {int(i) for _, places, _ in self._tables.values() for i in np.unique(places >> 40)}
         return {(self._forms[i].secret, self._forms[i].form) for i in members}
 
     def scan(self, traffic: bytes, *, unpack: bool = True) -> list[Hit]:
@@ -151,21 +154,29 @@ class Scanner:
     def _scan(self, traffic: bytes, inside: str) -> Iterator[Hit]:
         seen: set[int] = set()
         for start in range(0, len(traffic), _CHUNK):
-            for window, (hashes, places) in self._tables.items():
+            for window, (hashes, places, known) in self._tables.items():
                 chunk = np.frombuffer(traffic[start : start + _CHUNK + window - 1], np.uint8)
                 if len(chunk) < window:
                     continue
                 found = _window_hashes(chunk, window)
-                at = np.searchsorted(hashes, found)
+                # Few pass the sieve, and only they are worth a search.
+                passed = np.flatnonzero(known[_sieve(found)])
+                at = np.searchsorted(hashes, found[passed])
                 at[at == len(hashes)] = 0
-                for offset in np.flatnonzero(hashes[at] == found):
-                    index, place = divmod(int(places[at[offset]]), 1 << 40)
+                for i in np.flatnonzero(hashes[at] == found[passed]):
+                    offset = passed[i]
+                    index, place = divmod(int(places[at[i]]), 1 << 40)
                     want = self._forms[index].data[place : place + window]
                     if index not in seen and chunk[offset : offset + window].tobytes() == want:
                         seen.add(index)
                         yield Hit(
                             self._forms[index].secret, self._forms[index].form, start + int(offset), inside
                         )
+
+
+def _sieve(hashes: Hashes) -> Hashes:
+    """A place in the sieve for each hash: high bits of a product, since bytes are no good hash."""
+    return (hashes * np.uint64(_BASE)) >> np.uint64(64 - _SIEVE_BITS)
 
 
 def _powers(base: int, count: int) -> Hashes:

@@ -153,7 +153,9 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     for i in range(IMAGES):
         forms += float_forms(f"activation {i}", head.activations[i])
         slots = spec.input_layout.place(head.activations[i])
-        forms += float_forms(f"activation slots {i}", slots)
+        for part, values in (("real", slots.real), ("imaginary", slots.imag), ("complex", slots.view(float))):
+            if np.any(values):  # real slots have no imaginary parts
+                forms += float_forms(f"activation slots {i}, {part}", np.ascontiguousarray(values))
         forms += float_forms(f"logits {i}", pair.clear_tail(head.activations[i : i + 1])[0])
         forms += float_forms(f"image {i}", pixels[i].astype(np.float64) / 255)
         forms.append(Form(f"image {i}", "<u1", pixels[i].tobytes(), 16))

@@ -52,7 +52,7 @@ def test_an_evaluator_reads_what_it_does_not_hold(tmp_path: Path, monkeypatch: p
     (tmp_path / "source").write_bytes(clear_keys())
     evaluator._engine._evaluators[one].prepare_keys(tmp_path / "source", tmp_path / "keys")
     container = ClearEncryptor(retrained("1").spec).encrypt(activation())
-    outcome = evaluator.evaluate(f"{one}:{two}", str(tmp_path / "keys"), container, b"")
+    outcome = evaluator.evaluate(f"{one}:{two}", str(tmp_path / "keys"), b"", container)
     assert outcome[0] == "ok"
     got = ClearDecryptor(retrained("1").spec).decrypt(outcome[1][0])
     assert np.allclose(got, logits_of("2"), atol=1e-9)

@@ -244,7 +244,7 @@ def _drop(manifest: dict, members: dict[str, bytes]) -> None:
     [
         (_drop, "damaged"),
         (lambda m, f: m.update(format="blindtail-other"), "not a blindtail file"),
-        (lambda m, f: m.update(format_version=2), "format version 2"),
+        (lambda m, f: m.update(format_version=3), "format version 3"),
         (lambda m, f: f.update({"extra.bin": b"x"}), "unknown members"),
         (lambda m, f: f.update({"stage9.onnx": b"x"}), "graphs"),
         (lambda m, f: f.pop("stage0.onnx"), "graphs"),

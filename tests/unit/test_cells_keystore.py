@@ -10,7 +10,7 @@ import pytest
 
 from blindtail.errors import KeysMissing
 from blindtail.wire import KeyState
-from cloud.keyfolder import KeyFolder
+from cloud.keyfolder import KeyFolder, encoded_folder
 from cloud.registry import Registry
 from tests.cloud_cases import bundle, program, sha
 from tests.key_bench import KEYS, PROGRAM, SIZE, Bench, files, other, pieces, run
@@ -176,3 +176,41 @@ def test_uploads_and_gifts_of_one_key_set_meet(tmp_path: Path) -> None:
         assert b.check.calls == 1
 
     run(tmp_path, body)
+
+
+# --- encoded weights, whatever is in the files ------------------------------------------------
+
+
+def put(root: Path, *names: str) -> None:
+    for name in names:
+        (encoded_folder(root, "clear") / name).write_bytes(b"x")
+
+
+def test_a_program_that_goes_takes_its_encoded_weights(tmp_path: Path) -> None:
+    (entry,) = Registry([bundle(1, model="late")], "clear").entries
+    late = entry.program_id
+
+    async def body(b: Bench) -> None:
+        b.store.know(entry)
+        put(tmp_path, f"{PROGRAM}.32.1", f"{PROGRAM}.64.1", f"{late}.32.1")
+        b.store.forget_program(PROGRAM)
+        assert files(tmp_path, "encoded") == [f"{late}.32.1"]
+
+    run(tmp_path, body)
+
+
+def test_what_no_evaluator_reads_is_cleared_away(tmp_path: Path) -> None:
+    late = program(1).spec.program_id
+    kept, writing = f"{PROGRAM}.32.1", ".partial-abc"
+    stale = (f"{PROGRAM}.32.0", f"{late}.32.1", PROGRAM, "junk")
+
+    async def body(b: Bench) -> None:
+        put(tmp_path, kept, writing, *stale)
+        b.store.sweep()  # while evaluators run: one of them may be writing
+        assert files(tmp_path, "encoded") == sorted([kept, writing])
+        put(tmp_path, *stale)
+        b.store.tidy()  # before any does
+        assert files(tmp_path, "encoded") == [kept]
+
+    run(tmp_path, body)
+    assert (tmp_path / "clear" / "encoded").stat().st_mode & 0o777 == 0o700

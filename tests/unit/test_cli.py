@@ -16,7 +16,7 @@ from blindtail import cli
 from blindtail.errors import BlindtailError, BundleError, ConfigError, InputError, TailUnavailable
 
 COMMANDS = (
-    *("cloud", "demo", "edge", "infer", "inspect", "orchestrator", "train", "verify"),
+    *("cloud", "demo", "edge", "infer", "inspect", "lint", "orchestrator", "train", "verify"),
     *("certs init", "certs issue", "certs show"),
 )
 

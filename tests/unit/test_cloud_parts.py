@@ -13,6 +13,7 @@ from blindtail.errors import BundleError, ConfigError, KeysMissing, ProgramMisma
 from blindtail.metrics import CloudMetrics, EdgeMetrics
 from cloud.config import CloudConfig, SessionLimits, TlsFiles
 from cloud.engine import Engine
+from cloud.evaluator import in_pieces
 from cloud.registry import Registry, open_bundles
 from cloud.sessions import Sessions
 from tests.cloud_cases import activation, bundle, clear_keys, program
@@ -200,3 +201,11 @@ def test_edge_metrics_count_by_bounded_labels() -> None:
 def test_a_bundle_survives_the_key_stores_copy(tmp_path: Path) -> None:
     CloudBundle("toy", "1", {0: program()}).save(tmp_path / "x.bt")
     assert CloudBundle.open(tmp_path / "x.bt").programs[0].spec.program_id == program().spec.program_id
+
+
+def test_a_container_crosses_in_pieces_that_ray_sends_along() -> None:
+    for size in (0, 1, 96_000, 96_001, 123_032, 500_000):
+        container = bytes(i % 251 for i in range(size))
+        pieces = in_pieces(container)
+        assert b"".join(pieces) == container
+        assert all(0 < len(piece) < 100 * 1024 for piece in pieces)

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("deploy/*.md")])
-COMMANDS = {"train", "inspect", "verify", "cloud", "edge", "infer", "demo"} | {
+COMMANDS = {"lint", "train", "inspect", "plan", "verify", "cloud", "edge", "infer", "demo"} | {
     *("model", "cell", "orchestrator", "policy", "certs", "health", "bench"),
 }
 

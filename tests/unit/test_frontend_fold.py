@@ -198,6 +198,30 @@ class _Sly(nn.Linear):
         return torch.relu(super().forward(x))
 
 
+class _OfTheBatch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.size(0) > 2 else x
+
+
+class _InList(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(4, 2)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](x)  # type: ignore[no-any-return]
+
+
+class _Pair(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+class _Beside(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, :2] ** 2, x[:, 2:] ** 2], 1)
+
+
 @pytest.mark.parametrize(
     ("tail", "shape", "words"),
     [
@@ -217,10 +241,17 @@ class _Sly(nn.Linear):
         (nn.Sequential(nn.Linear(4, 4), _Function(F.relu)), (4,), r"relu.*Square or Quadratic"),
         (nn.Sequential(nn.Linear(4, 4), _Function(torch.tanh)), (4,), r"tanh.*Square or Quadratic"),
         (nn.Sequential(_Function(lambda x: F.max_pool2d(x, 2))), (1, 4, 4), r"max_pool2d.*AvgPool2d"),
-        (nn.Sequential(_Function(lambda x: x[:, :2])), (4,), "whole activations"),
+        (nn.Sequential(_Function(lambda x: x[0])), (4,), "whole activations"),
         (_Skip(), (4,), "skip connection"),
         (_Around(), (4,), "skip connection"),
-        (_Branching(), (4,), "plain chain"),
+        (_Branching(), (4,), r"test_frontend_fold\.py:\d+ depends on its input's values.*plain chain"),
+        (nn.Sequential(_Branching()), (4,), r"tail layer 0 at test_frontend_fold\.py:\d+ depends"),
+        (_OfTheBatch(), (4,), r"for other numbers of images \(test_frontend_fold\.py:\d+\).*flatten\(1\)"),
+        (_InList(), (4,), r"calls a module that it does not own.*nn\.ModuleList"),
+        (_Pair(), (4,), "takes one input.*takes x, y"),
+        (_Beside(), (4,), "second activation beside another one.*torch.cat"),
+        (nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4)), (4,), r"layer 1 \(LSTM\).*cut the network after it"),
+        (nn.LazyLinear(3), (4,), "no weights yet"),
         (nn.Sequential(_Sly(4, 2)), (4,), "Sly|relu"),
         (nn.Sequential(nn.Flatten(0)), (4,), "everything but the batch"),
         (nn.Sequential(nn.Linear(5, 2)), (4,), "layer 0: does not fit"),
@@ -233,6 +264,34 @@ def test_what_cannot_run_encrypted_is_named_with_its_rewrite(
 ) -> None:
     with pytest.raises(ModelError, match=words):
         fold_tail(tail, shape)
+
+
+def test_a_forward_that_makes_tensors_itself_folds() -> None:
+    """Constants of the forward, the batch's size, and control flow on shapes; in float64 where it can be."""
+
+    class Owner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.out = nn.Conv2d(1, 3, 2), nn.Linear(14, 2)
+            self.register_buffer("var", torch.rand(3) + 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            batch, _, height, _ = x.shape
+            assert x.dim() == 4
+            x = self.conv(x) * (self.var.view(1, -1, 1, 1) + 1e-5).rsqrt()
+            if height > 2:
+                x = x.square()
+            x = x.mean(dim=(2, 3)).view(batch, -1)  # the batch of another basis
+            x = torch.cat([x, torch.zeros(batch, 4), x.repeat(1, 2), torch.ones_like(x)[:, :1]], 1)
+            return self.out(x)
+
+    assert len(assert_folds(Owner(), (1, 4, 4))) == 3
+
+    class Float(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ torch.linspace(0, 1, 12).view(4, 3)  # float32, whatever x is
+
+    assert len(assert_folds(Float(), (4,))) == 1
 
 
 def test_weights_that_are_not_finite_are_named() -> None:

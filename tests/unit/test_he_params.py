@@ -89,6 +89,31 @@ def test_a_layout_gives_back_what_was_placed(log_lanes: int, seed: int) -> None:
     assert Layout.from_json(layout.to_json()) == layout
 
 
+def test_imaginary_parts_are_placed_beside_the_real_ones() -> None:
+    layout = Layout(3, 2, (0, 1, ZERO, 0), (2, ZERO, ZERO, 2))
+    slots = layout.place(np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]))
+    assert slots.tolist() == [1 + 3j, 4 + 6j, 2, 5, 0, 0, 1 + 3j, 4 + 6j]
+    assert Layout.from_json(layout.to_json()) == layout
+    assert Layout.from_json(layout.to_json()) != Layout(3, 2, (0, 1, ZERO, 0))
+    with pytest.raises(ModelError, match="what goes in"):
+        layout.read(slots)
+    for content, imaginary in (
+        ((0, 1), (2,)),
+        ((0, GARBAGE), (1, 1)),
+        ((0, 0), (GARBAGE, 1)),
+        ((0, 0), (1, 3)),
+    ):
+        with pytest.raises(ModelError, match="elements or zero, one for each position"):
+            Layout(3, 1, content, imaginary)
+
+
+def test_turns_below_zero_conjugate() -> None:
+    p = Parameters.create(1)
+    assert [p.turn_element(t) for t in (0, 1, 5)] == [p.galois_element(t) for t in (0, 1, 5)]
+    for t in (0, 1, 7):
+        assert (p.turn_element(~t) + p.galois_element(t)) % (2 * p.ring_degree) == 0
+
+
 def test_a_layout_that_misses_an_element_cannot_be_read() -> None:
     layout = Layout(3, 1, (0, 1, ZERO, GARBAGE))
     with pytest.raises(ModelError, match="does not hold"):

@@ -55,8 +55,9 @@ def test_the_versions_are_what_the_tests_take_them_for() -> None:
 
 
 def within(count: int, n: int, share: float) -> bool:
-    """Six standard deviations of a binomial count: missed once in 500 million."""
-    return abs(count - n * share) <= 6 * np.sqrt(n * share * (1 - share)) + 1e-9
+    """Six standard deviations of a binomial count, and six more requests: next to 0 and 1 counts are
+    Poisson's, whose tail is longer. Missed once in 500 million."""
+    return abs(count - n * share) <= 6 * np.sqrt(n * share * (1 - share)) + 6
 
 
 @settings(max_examples=40, deadline=None)

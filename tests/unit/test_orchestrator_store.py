@@ -185,6 +185,7 @@ def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
 
 def test_another_program_holds_it(store: Store, tmp_path: Path) -> None:
     put(store, "a")
+    store._db.execute("PRAGMA busy_timeout = 100")  # it waits for seconds otherwise
     other = sqlite3.connect(tmp_path / "state" / "orchestrator.sqlite", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     try:

@@ -255,7 +255,7 @@ def test_the_command_writes_files_and_prints_the_report(tmp_path: Path) -> None:
     again = tmp_path / "again"
     shown = CliRunner().invoke(app(), ["train", "digits", "--epochs", "2", "--out", str(again)])
     assert shown.exit_code == 0
-    for words in ("exit1", "tail", "edge budget", "offloaded", "evaluation keys"):
+    for words in ("exit1", "tail", "edge budget", "offloaded", "evaluation keys", "stability ok"):
         assert words in shown.stdout
     for name in ("edge.bt", "cloud.bt"):  # the same command, the same bytes
         assert (again / name).read_bytes() == (tmp_path / name).read_bytes()
@@ -280,7 +280,7 @@ def test_a_checkpoint_is_compiled_without_training(trained: Trained, splits: Spl
 
 def test_help_loads_no_torch_and_names_every_option() -> None:
     shown = CliRunner().invoke(app(), ["train", "--help"])
-    for option in ("--out", "--epochs", "--seed", "--data", "--threads", "--json"):
+    for option in ("--out", "--epochs", "--seed", "--data", "--threads", "--allow-unstable", "--json"):
         assert option in shown.stdout
     script = "import sys, blindtail.train.cli; print('torch' in sys.modules)"
     done = subprocess.run(

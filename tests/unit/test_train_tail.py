@@ -53,6 +53,8 @@ def test_only_the_tail_moves_and_the_devices_cannot_tell(
     for cut, program in better.cloud.programs.items():
         assert differences(program.spec, made.edge.cuts[cut]) == []
         assert program.spec.program_id != made.edge.cuts[cut].program_id
+    assert better.report["stability"] == {str(cut): f.to_json() for cut, f in better.stability.items()}
+    assert {f.verdict.value for f in better.stability.values()} == {"ok"}
     assert better.report["after"]["test"]["tail"] >= better.report["before"]["test"]["tail"] - 0.02
     better.save(tmp_path)
     assert CloudBundle.open(tmp_path / "cloud.bt").version == better.cloud.version != made.edge.version

@@ -1,0 +1,165 @@
+// A tail gives the same bytes for every number of threads, word size and instruction set, with a ticket and
+// without: the ring is just large enough that rows are shared in blocks.
+#include "tail.hpp"
+
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <thread>
+
+#include "body.hpp"
+
+using namespace blindtail;
+
+namespace {
+
+#define CHECK(what)                                          \
+  do {                                                       \
+    if (!(what)) {                                           \
+      std::printf("%s:%d: %s\n", __FILE__, __LINE__, #what); \
+      std::exit(1);                                          \
+    }                                                        \
+  } while (false)
+
+constexpr int kLogN = 11;
+constexpr std::size_t kN = std::size_t{1} << kLogN;
+const std::vector<KeyShape> kKeys{{0, 2}, {3, 3}, {9, 3}, {5, 2}, {25, 1}, {2 * kN - 1, 0}};
+
+/// Five primes = 1 mod 2N below 2^30, the special one last.
+std::vector<u64> primes() {
+  const auto prime = [](u64 q) {
+    for (u64 d = 3; d * d <= q; d += 2)
+      if (q % d == 0) return false;
+    return true;
+  };
+  std::vector<u64> found;
+  for (u64 q = (u64{1} << 30) - 2 * kN + 1; found.size() < 5; q -= 2 * kN)
+    if (prime(q)) found.push_back(q);
+  return found;
+}
+
+const std::vector<u64> kPrimes = primes();
+
+std::vector<std::uint8_t> seeded_body(const std::vector<u64>& of, std::mt19937_64& random) {
+  std::vector<std::vector<u64>> words(of.size(), std::vector<u64>(kN));
+  std::vector<const u64*> rows;
+  for (std::size_t j = 0; j < of.size(); ++j) {
+    for (u64& word : words[j]) word = random() % of[j];
+    rows.push_back(words[j].data());
+  }
+  std::uint8_t seed[kSeedBytes];
+  for (auto& byte : seed) byte = static_cast<std::uint8_t>(random());
+  return write_seeded<u64>(of, kN, seed, rows.data());
+}
+
+/// A tail with keys: a map with baby and giant steps and folds, a square, a map with two groups of folds.
+struct Subject {
+  std::unique_ptr<Tail> tail;
+  std::vector<Buffer<std::uint8_t>> memory;
+  std::unique_ptr<Tail::LoadedKeys> keys;
+
+  Subject(const char* instructions, int word_bits)
+      : tail(make_tail(kLogN, kPrimes, instructions, word_bits)) {
+    std::mt19937_64 random(1);
+    std::vector<double> slots(4 * kN / 2), bias(kN / 2);
+    for (double& x : slots) x = static_cast<double>(random() % 2001) / 1000 - 1;
+    for (double& x : bias) x = static_cast<double>(random() % 2001) / 1000 - 1;
+    const std::span<const double> half(slots.data(), slots.size() / 2);
+    tail->add_map({3, {1, 3}, {{{0, 0}, {1, 1}}, {{0, 2}, {1, 3}}}, 9, {{5}}, slots, 1e8, bias, 5e7});
+    tail->add_square(2);
+    tail->add_map({1, {1, 25}, {{{0, 0}, {1, 1}}}, 1, {{2 * kN - 1}, {2 * kN - 1}}, half, 1e8, bias, 5e7});
+    tail->finish(8, 3);
+    std::vector<StoredKey> stored;
+    for (const KeyShape& shape : kKeys) {
+      std::vector<std::uint8_t> body;
+      for (std::size_t digit = 0; digit <= shape.level; ++digit) {
+        const auto part = seeded_body(level_primes(kPrimes, shape.level), random);
+        body.insert(body.end(), part.begin(), part.end());
+      }
+      Buffer<std::uint8_t> out(tail->key_bytes(shape.level));
+      tail->prepare_key(shape, body, {out.data(), out.size()});
+      memory.push_back(std::move(out));
+      stored.push_back({shape, {memory.back().data(), memory.back().size()}});
+    }
+    keys = tail->load_keys(stored);
+  }
+};
+
+std::vector<std::uint8_t> request(unsigned seed) {
+  std::mt19937_64 random(seed);
+  return seeded_body({kPrimes.begin(), kPrimes.end() - 1}, random);
+}
+
+void test_all_alike() {
+  const std::vector<std::uint8_t> body = request(2), other = request(3);
+  const Bytes seed = Bytes(body).first(kSeedBytes);
+  std::vector<std::uint8_t> wanted;
+  for (const int word_bits : {32, 64})
+    for (const char* name : {"portable", "avx2", "avx512"}) {
+      if (word_bits == 64 && name != std::string("portable")) continue;
+      try {
+        Subject one(name, word_bits);
+        for (const std::size_t threads : {1, 2, 3, 4, 8}) {
+          const auto reply = one.tail->evaluate(*one.keys, body, threads);
+          if (wanted.empty()) wanted = reply;
+          CHECK(reply == wanted);
+          CHECK(one.tail->evaluate(*one.keys, other, threads) != wanted);
+          one.tail->expect();
+          const auto ticket = one.tail->make_ticket(*one.keys, seed, threads);
+          CHECK(one.tail->evaluate(*one.keys, body, threads, *ticket) == wanted);
+        }
+      } catch (const std::invalid_argument&) {
+        CHECK(name != std::string("portable"));
+        std::printf("no %s here\n", name);
+      }
+    }
+}
+
+/// Runs take turns, and to expect one disturbs none.
+void test_several_callers() {
+  Subject one(nullptr, 32);
+  const std::vector<std::uint8_t> body = request(2);
+  const auto wanted = one.tail->evaluate(*one.keys, body, 2);
+  std::vector<std::thread> callers;
+  std::vector<int> same(3);
+  for (std::size_t i = 0; i < same.size(); ++i)
+    callers.emplace_back([&, i] {
+      for (int k = 0; k < 10; ++k) {
+        one.tail->expect();
+        same[i] += one.tail->evaluate(*one.keys, body, 2) == wanted;
+      }
+    });
+  for (std::thread& caller : callers) caller.join();
+  for (const int count : same) CHECK(count == 10);
+}
+
+/// A residue that is not below its prime is refused in whichever row it is, by any number of threads.
+void test_bad_residues() {
+  Subject one(nullptr, 32);
+  const std::vector<std::uint8_t> body = request(2);
+  const auto wanted = one.tail->evaluate(*one.keys, body, 1);
+  const std::size_t row = packed_bytes(kN, 30);
+  for (std::size_t j = 0; j + 1 < kPrimes.size(); ++j)
+    for (const std::size_t threads : {1, 2, 3}) {
+      auto bad = body;
+      for (std::size_t i = 0; i < 8; ++i) bad[kSeedBytes + (j + 1) * row - 8 + i] = 0xff;
+      bool refused = false;
+      try {
+        one.tail->evaluate(*one.keys, bad, threads);
+      } catch (const BodyError&) {
+        refused = true;
+      }
+      CHECK(refused);
+      CHECK(one.tail->evaluate(*one.keys, body, threads) == wanted);
+    }
+}
+
+}  // namespace
+
+int main() {
+  test_all_alike();
+  test_several_callers();
+  test_bad_residues();
+  std::printf("tail: all good\n");
+}
