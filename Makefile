@@ -87,7 +87,7 @@ demo: $(STAMP)
 	$(BIN)/blindtail demo
 
 test: $(STAMP) .tools/.tried $(if $(ARGS),,native-test)
-	$(ONE_THREAD) $(PYTEST) $(ARGS)
+	$(ONE_THREAD) $(PYTEST) $(or $(ARGS),-n 2 --dist loadgroup)
 
 native-test: $(TOOLS)
 	@if $(COMPILER) >/dev/null || [ -n "$$CI" ]; then $(MAKE) --no-print-directory build/tests build/sanitized; \
