@@ -91,8 +91,7 @@ class Costs:
             self._failed.discard(name)
             self._known[name] = made
             _log.info("%s", _told(parameters, machine, made))
-        if new:
-            self._write(machine)
+            self._write(machine)  # what is known stays known, whatever becomes of the next
 
     def _read(self, machine: Machine) -> dict[str, Calibration]:
         """What was measured on this very machine; nothing where the file is another's, or damaged."""

@@ -14,10 +14,12 @@ told, and nobody reaches another's keys, not even by knowing their hash.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,9 @@ from cloud.registry import Entry
 
 _log = logging.getLogger(__name__)
 _PROGRAM_DIGITS, _NAME_DIGITS = 16, 64
+_ENCODED = "encoded"
+#: A file of encoded weights takes seconds to write.
+_ABANDONED_S = 600.0
 
 
 def program_path(root: Path, program_id: str) -> Path:
@@ -39,7 +44,7 @@ def program_path(root: Path, program_id: str) -> Path:
 
 def encoded_folder(root: Path, backend: str) -> Path:
     """Where evaluators share encoded weights, below the state directory `root`."""
-    return root / backend / "encoded"
+    return root / backend / _ENCODED
 
 
 @dataclass(frozen=True)
@@ -108,17 +113,22 @@ class KeyFolder:
     def drop_program(self, program_id: str) -> None:
         """Evaluators that map its weights keep them until they unload it."""
         _unlink(self.program(program_id))
-        for path in self._encoded.glob(f"{program_id}.*"):
+        for path in self._root.glob(f"*/{_ENCODED}/{program_id}.*"):  # another backend's too
             _unlink(path)
 
     def tidy(self, program_ids: Collection[str], *, starting: bool = False) -> None:
         """Removes encoded weights of other programs and formats than evaluators here may ask for.
 
-        starting  files that nobody finished writing too: no evaluator of this cell runs yet
+        starting  files that nobody finished writing too: no evaluator of this cell runs yet.
+                  Later those go that nobody has written to for long: whoever began them is gone
         """
-        for path in self._encoded.glob("*"):
+        for path in self._root.glob(f"*/{_ENCODED}/*"):
             of = encoded.program_of(path.name)
-            if of not in program_ids and (of is not None or starting or not path.name.startswith(".")):
+            unfinished = of is None and path.name.startswith(".")
+            if unfinished and not starting:
+                with contextlib.suppress(OSError):
+                    unfinished = time.time() - path.stat().st_mtime < _ABANDONED_S
+            if of not in program_ids and (starting or not unfinished):
                 _unlink(path)
 
     def keep(self, name: str) -> int:

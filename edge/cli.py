@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -363,7 +364,9 @@ def _lines(out: Path | None, as_json: bool) -> Iterator[TextIO | None]:
         yield sys.stdout if as_json else None
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w") as file:
+    # Answers are private, and so is what was decrypted for them.
+    handle = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(handle, "w") as file:
         yield file
 
 

@@ -5,7 +5,8 @@ data gave; far beyond, values wrap around the modulus and the answer is wrong. A
 note tells the device's own people: in `Answer.extra` and in `status()`. It changes
 nothing that others can see. What was decrypted, and whatever follows from it, stays
 here (docs/threat-model.md); so does the activation, which is private too. Hence no
-metric, no report, no log line (logs are collected), no retry and no other route.
+metric, no report, no log line (logs are collected), no retry and no other route. Only
+what a command prints at the end to whoever called it counts such answers.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Ranges:
         """
         bound = self._bounds[cut][kind]
         multiple = float(np.abs(values).max(initial=0.0)) / bound if bound > 0 else 0.0
-        return {kind: multiple} if RANGE_MARGIN < multiple < math.inf else {}
+        # Two digits: no more of a decrypted value, which carries noise of the key, than people need.
+        return {kind: float(f"{multiple:.2g}")} if RANGE_MARGIN < multiple < math.inf else {}
 
 
 __all__ = ["ACTIVATION", "LOGITS", "NOTES", "Ranges"]

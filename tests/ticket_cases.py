@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
+
 from blindtail.he.container import HEADER_BYTES
+from blindtail.he.native_backend import available
 from blindtail.he.program import Program
 from blindtail.he.secret import Encryptor, SecretKey
 from blindtail.rpc import INSECURE_LOOPBACK, TailStub, secure_channel
@@ -18,9 +22,13 @@ from cloud.engine import Engine
 from cloud.evaluators import Pool
 from cloud.local import LocalCell
 from cloud.registry import Registry
-from tests.cloud_cases import Client, activation, bundle
+from tests.cloud_cases import Client, activation, bundle, program
 
 _T = TypeVar("_T")
+NATIVE_ALONE = [
+    pytest.mark.timeout(60),
+    pytest.mark.skipif(not available(), reason="tickets are the native backend's, and it was not built"),
+]
 EVENTS = ("announced", "made", "used", "missed", "dropped")
 
 
@@ -98,6 +106,18 @@ class Cells:
     def close(self) -> None:
         for cell in self._opened:
             cell.stop()
+
+
+# Fixtures under another name than they are asked for by, so that a test file can import them.
+@pytest.fixture(scope="module", name="device")
+def device_with_keys(tmp_path_factory: pytest.TempPathFactory) -> Device:
+    return Device.of(program(), tmp_path_factory.mktemp("device"))
+
+
+@pytest.fixture(name="open_cell")
+def cells_of_one_test(tmp_path: Path) -> Iterator[Cells]:
+    with closing(Cells(tmp_path)) as cells:
+        yield cells
 
 
 def attached(cell: LocalCell, device: Device) -> tuple[Client, bytes]:

@@ -169,9 +169,6 @@ def _plan_one(
         except ModelError as error:
             verdict, surprising = "edge", True
             problems.append(first_line(error))
-        except KeyError:
-            verdict = "edge"
-            problems.append("its tail needs a constant that is made from an activation before the cut")
         except (RuntimeError, MemoryError) as error:
             note = f"not planned: {first_line(error)}"
     rewrites = [network.told(n) for n in (*walk.rewritten, *walk.without_skip, *walk.left_out)]

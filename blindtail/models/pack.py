@@ -65,7 +65,8 @@ def pack(
                         compiler bounds every value and scale from them
     temperatures, thresholds  one per exit, see `ExitInfo`
     version             default: a short hash of everything in both files
-    objective           what plans are chosen for (`blindtail plan`); by default the fastest
+    objective           what plans are chosen for (`blindtail plan`); by default the fastest within
+                        a budget of keys (`compile_tail`)
     held_out_images, allow_unstable  for the stability gate, see `judge_tails`
     judged              True when the caller has had it judge this model already
 

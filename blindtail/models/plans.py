@@ -98,6 +98,9 @@ def _extract(
         elif _is_number(node.meta["value"]):
             env[node] = _number(graph, env[sources[0]], node.meta["value"], node.meta["third"])
         else:
+            missing = [n for n in node.all_input_nodes if n not in env]
+            if missing:
+                raise ModelError("its tail needs a constant that is made from an activation before the cut")
             env[node] = graph.node_copy(node, lambda n: env[n])
             if node.op == "call_module":
                 targets[str(node.target)] = network.module(node)

@@ -54,7 +54,8 @@ def compile_model(
     validation          labelled images: exits get their temperatures and thresholds from them
     calibration_images  raw images (n, C, H, W) from which the compiler bounds every value of a
                         tail, training images at best; without them those of `validation`
-    objective           what plans are chosen for; by default the fastest with 30 MB of keys
+    objective           what plans are chosen for; by default the fastest within a budget of
+                        keys (`compile_tail`)
     offload_share       of images that reach the tail, at most, by the default thresholds
 
     The model is used in evaluation mode and left unchanged. Raises `DataError` for too few

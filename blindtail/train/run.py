@@ -97,7 +97,7 @@ def writing(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise DataError(f"cannot write to {folder} ({error.strerror}): choose another --out") from error
+        raise DataError(f"cannot write to {folder} ({error.strerror}): choose another folder") from error
 
 
 def save_report_and_weights(

@@ -4,36 +4,15 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
-#include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "check.hpp"
 #include "codec_kernels.hpp"
 
 namespace blindtail {
-
-inline int failures = 0;
-
-#define CHECK(what)                                          \
-  do {                                                       \
-    if (!(what)) {                                           \
-      std::printf("%s:%d: %s\n", __FILE__, __LINE__, #what); \
-      if (++failures > 20) std::exit(1);                     \
-    }                                                        \
-  } while (false)
-
-template <class Error>
-bool throws(const std::function<void()>& run) {
-  try {
-    run();
-  } catch (const Error&) {
-    return true;
-  }
-  return false;
-}
 
 /// Those that this processor has.
 inline std::vector<const CodecKernels*> tables() {

@@ -5,21 +5,14 @@
 #include <atomic>
 #include <chrono>
 #include <cstdio>
-#include <cstdlib>
 #include <thread>
 #include <vector>
+
+#include "check.hpp"
 
 using namespace blindtail;
 
 namespace {
-
-#define CHECK(what)                                          \
-  do {                                                       \
-    if (!(what)) {                                           \
-      std::printf("%s:%d: %s\n", __FILE__, __LINE__, #what); \
-      std::exit(1);                                          \
-    }                                                        \
-  } while (false)
 
 /// Plain words, so that a sanitizer sees whether loops follow each other.
 void test_every_item_once(std::size_t threads) {
@@ -104,5 +97,6 @@ int main() {
   }
   test_after_a_rest();
   test_items_of_ones_own();
-  std::printf("pool: all good\n");
+  if (failures == 0) std::puts("pool: all good");
+  return failures == 0 ? 0 : 1;
 }

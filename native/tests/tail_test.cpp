@@ -3,24 +3,16 @@
 #include "tail.hpp"
 
 #include <cstdio>
-#include <cstdlib>
 #include <random>
 #include <string>
 #include <thread>
 
 #include "body.hpp"
+#include "check.hpp"
 
 using namespace blindtail;
 
 namespace {
-
-#define CHECK(what)                                          \
-  do {                                                       \
-    if (!(what)) {                                           \
-      std::printf("%s:%d: %s\n", __FILE__, __LINE__, #what); \
-      std::exit(1);                                          \
-    }                                                        \
-  } while (false)
 
 constexpr int kLogN = 11;
 constexpr std::size_t kN = std::size_t{1} << kLogN;
@@ -161,5 +153,6 @@ int main() {
   test_all_alike();
   test_several_callers();
   test_bad_residues();
-  std::printf("tail: all good\n");
+  if (failures == 0) std::puts("tail: all good");
+  return failures == 0 ? 0 : 1;
 }

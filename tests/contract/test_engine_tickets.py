@@ -11,23 +11,16 @@ from blindtail.errors import (
     EvaluationFailed,
 )
 from blindtail.he.backends import open_evaluator
-from blindtail.he.native_backend import available
 from cloud.engine import Engine
 from tests.cloud_cases import clear_keys, program
 from tests.ticket_cases import (
+    NATIVE_ALONE,
     Device,
+    device_with_keys,  # noqa: F401
     seed_of,
 )
 
-pytestmark = [
-    pytest.mark.timeout(60),
-    pytest.mark.skipif(not available(), reason="tickets are the native backend's, and it was not built"),
-]
-
-
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Device:
-    return Device.of(program(), tmp_path_factory.mktemp("device"))
+pytestmark = NATIVE_ALONE
 
 
 def test_an_engine_drops_tickets_with_the_keys_they_were_made_for(device: Device, tmp_path: Path) -> None:

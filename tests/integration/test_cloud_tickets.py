@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,7 +20,6 @@ from blindtail.errors import (
     TailUnavailable,
 )
 from blindtail.he.backends import open_evaluator
-from blindtail.he.native_backend import available
 from blindtail.pb import tail_pb2 as pb
 from blindtail.rpc import from_rpc_error
 from blindtail.wire import KeyState, TicketOffer, TicketsTaken
@@ -30,31 +27,20 @@ from cloud.config import Backend
 from cloud.engine import Engine
 from tests.cloud_cases import Client, program
 from tests.ticket_cases import (
+    NATIVE_ALONE,
     Cells,
     Device,
     attached,
+    cells_of_one_test,  # noqa: F401
     counted,
+    device_with_keys,  # noqa: F401
     held_bytes,
     offer,
     tickets_in,
     until,
 )
 
-pytestmark = [
-    pytest.mark.timeout(60),
-    pytest.mark.skipif(not available(), reason="tickets are the native backend's, and it was not built"),
-]
-
-
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Device:
-    return Device.of(program(), tmp_path_factory.mktemp("device"))
-
-
-@pytest.fixture
-def open_cell(tmp_path: Path) -> Iterator[Cells]:
-    with closing(Cells(tmp_path)) as cells:
-        yield cells
+pytestmark = NATIVE_ALONE
 
 
 # -- the way it should go --------------------------------------------------------------------

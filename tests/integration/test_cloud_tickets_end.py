@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from blindtail.errors import (
     KeysMissing,
     SessionLost,
 )
-from blindtail.he.native_backend import available
 from blindtail.rpc import INSECURE_LOOPBACK
 from blindtail.wire import EvaluateCall, KeyState, RegisterCall, TicketOffer, TicketsTaken
 from cloud.engine import Engine
@@ -28,10 +25,13 @@ from cloud.registry import Registry
 from tests.cloud_cases import program, sha
 from tests.model_cases import bundle_of, file_of, retrained
 from tests.ticket_cases import (
+    NATIVE_ALONE,
     Cells,
     Device,
     attached,
+    cells_of_one_test,  # noqa: F401
     counted,
+    device_with_keys,  # noqa: F401
     held_bytes,
     offer,
     on_loop,
@@ -40,21 +40,7 @@ from tests.ticket_cases import (
     until,
 )
 
-pytestmark = [
-    pytest.mark.timeout(60),
-    pytest.mark.skipif(not available(), reason="tickets are the native backend's, and it was not built"),
-]
-
-
-@pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Device:
-    return Device.of(program(), tmp_path_factory.mktemp("device"))
-
-
-@pytest.fixture
-def open_cell(tmp_path: Path) -> Iterator[Cells]:
-    with closing(Cells(tmp_path)) as cells:
-        yield cells
+pytestmark = NATIVE_ALONE
 
 
 # -- whose they are --------------------------------------------------------------------------

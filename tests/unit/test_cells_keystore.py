@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -193,8 +194,13 @@ def test_a_program_that_goes_takes_its_encoded_weights(tmp_path: Path) -> None:
     async def body(b: Bench) -> None:
         b.store.know(entry)
         put(tmp_path, f"{PROGRAM}.32.1", f"{PROGRAM}.64.1", f"{late}.32.1")
+        # Of the time when this cell ran another backend.
+        other = encoded_folder(tmp_path, "native")
+        other.mkdir(parents=True)
+        (other / f"{PROGRAM}.32.1").write_bytes(b"x")
         b.store.forget_program(PROGRAM)
         assert files(tmp_path, "encoded") == [f"{late}.32.1"]
+        assert list(other.iterdir()) == []
 
     run(tmp_path, body)
 
@@ -207,6 +213,11 @@ def test_what_no_evaluator_reads_is_cleared_away(tmp_path: Path) -> None:
     async def body(b: Bench) -> None:
         put(tmp_path, kept, writing, *stale)
         b.store.sweep()  # while evaluators run: one of them may be writing
+        assert files(tmp_path, "encoded") == sorted([kept, writing])
+        abandoned = encoded_folder(tmp_path, "clear") / ".partial-old"
+        abandoned.write_bytes(b"x")
+        os.utime(abandoned, (0, 0))  # by an evaluator that was killed
+        b.store.sweep()
         assert files(tmp_path, "encoded") == sorted([kept, writing])
         put(tmp_path, *stale)
         b.store.tidy()  # before any does

@@ -58,7 +58,11 @@ def still() -> float:
 
 
 @pytest.mark.parametrize("parameters", [Parameters.create(1, 4096), Parameters.create(5, 8192)])
-def test_what_a_timer_says_comes_back_as_single_operations(parameters: Parameters) -> None:
+def test_what_a_timer_says_comes_back_as_single_operations(
+    parameters: Parameters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contained_s = 3e-5
+    monkeypatch.setattr(calibration, "_container", lambda _: lambda: contained_s)
     made = calibrate(parameters, timer=FakeTimer(parameters), clock=still)
     assert [size for size, _ in made.points] == sorted(SIZES)
     width = parameters.ring_degree / 8192
@@ -70,7 +74,7 @@ def test_what_a_timer_says_comes_back_as_single_operations(parameters: Parameter
         assert one.limb_pass_s * width == pytest.approx(PASS_S)
         assert one.copy_s * width == pytest.approx(COPY_S)
         assert one.expand_s * width == pytest.approx(EXPAND_S)
-        assert OPEN_S + EXPAND_S < one.request_s * width < OPEN_S + EXPAND_S + 0.5
+        assert one.request_s * width == pytest.approx(OPEN_S + EXPAND_S + contained_s)
 
 
 def test_a_working_set_between_two_lies_between_them() -> None:

@@ -251,6 +251,6 @@ def test_a_head_that_gives_no_numbers_is_told_from_an_escape(splits: Splits) -> 
 def test_what_cannot_be_folded_is_named_as_before(splits: Splits) -> None:
     model = nets.digits().eval()
     model.tails["1"] = nn.Sequential(nn.Flatten(), nn.Linear(63, 10))
-    with pytest.raises(ModelError) as raised:
+    with pytest.raises(ModelError, match="tail at cut 1: tail layer 1: does not fit its input") as raised:
         judge_tails(model, splits.train.pixels[:20])
     assert "overflow" not in str(raised.value)
