@@ -25,6 +25,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
 _HELPERS = {"ahead", "__main__", "rows", "results", "evidence", "tails", "interleave", "peers"}
+_HELPERS |= {"lint_nets", "net_rows", "random_networks", "refresh_nets", "tenseal_mm"}
 
 
 def names() -> list[str]:
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="he: a rival (pyhelayers, orion-v2) and its interpreter; may be repeated",
     )
     parser.add_argument("--threads", type=_threads, default=1, help="he: native threads of one evaluation")
-    parser.add_argument("--nets", help="he: some of A,B,C,D,demo  [default: all]")
+    parser.add_argument("--nets", help="he: some of A,B,C,D,E,demo  [default: all]")
     args = parser.parse_args(arguments)
     if args.name == "list":
         print("\n".join(names()))

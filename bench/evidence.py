@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import agreement, fuzz, he, kernels, plans, properties, results, weights
+from bench import agreement, fuzz, he, kernels, lint, networks, plans, properties, results, weights
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Item:
 #: What docs/ and README quote.
 ITEMS: tuple[Item, ...] = tuple(
     Item(module.__name__.removeprefix("bench."), module.SOURCES)
-    for module in (agreement, fuzz, he, kernels, plans, properties, weights)
+    for module in (agreement, fuzz, he, kernels, lint, networks, plans, properties, weights)
 )
 
 

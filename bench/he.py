@@ -13,27 +13,27 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from importlib import metadata
-from typing import Any
 
 import numpy as np
 
+from bench import net_rows
 from bench.ahead import ticket_rows, ticket_runs
 from bench.interleave import Run, clocked, cores, interleaved, median_ratio, pin_workers, pinned, summary
+from bench.net_rows import System
 from bench.peers.child import PEERS, Description, Peer, PeerFailed, own
 from bench.peers.protocol import Part as PeerPart
 from bench.peers.protocol import Task
 from bench.rows import Row, row
 from bench.tails import Client, Conv, Net, nets
+from bench.tenseal_mm import PARAMETERS, tenseal
 from blindtail.errors import ConfigError, ModelError
 from blindtail.he.backends import settle
-from blindtail.he.calibration import Calibration, calibrate
+from blindtail.he.calibration import calibrate
 from blindtail.he.compiler import compile_tail
-from blindtail.he.cost import Part
-from blindtail.he.layers import Affine, FloatArray, evaluate_clear, squares_only
+from blindtail.he.layers import FloatArray
+from blindtail.he.normal import normalised
 from blindtail.he.program import Program
 from blindtail.he.slotmaps import power_of_two
 
@@ -43,46 +43,19 @@ SOURCES = (
     "bench/ahead.py",
     "bench/he.py",
     "bench/interleave.py",
+    "bench/net_rows.py",
     "bench/peers/*.py",
     "bench/tails.py",
+    "bench/tenseal_mm.py",
     "blindtail/models/zoo/fashion/cloud.bt",
 )
 #: It pins itself: one core a thread.
 PIN_CPU = False
 
-NETS = ("A", "B", "C", "D", "demo")
+NETS = ("A", "B", "C", "D", "E", "demo")
 
-
-@dataclass(frozen=True)
-class Target:
-    """Most seconds and bytes of one net on `native`, one thread, a batch of one."""
-
-    eval_s: float
-    uplink_bytes: int
-    key_bytes: int
-    reply_bytes: int = 26_000
-
-
-TARGETS = {
-    "A": Target(0.020, 185_000, 45_000_000),
-    "B": Target(0.006, 123_500, 15_000_000),
-    "C": Target(0.016, 185_000, 30_000_000),
-    "D": Target(0.020, 185_000, 45_000_000),
-}
-ENCRYPT_S, DECRYPT_S = 0.008, 0.003
-#: Largest error of a logit, over max(1, max |logit|).
-ERROR = 2e-3
 #: Of what two independent processes gain, so much at least is the gain of two threads.
 TWO_THREADS = 0.9
-#: Predicted seconds are at most this far off, or twice the machine's noise.
-PREDICTED = 0.10
-CALIBRATION_S = 1.0
-#: TenSEAL's parameters for them, as its users run it.
-TENSEAL = {
-    "A": (8192, [31, 26, 26, 26, 26, 26, 26, 31]),
-    "B": (8192, [40, 30, 30, 30, 40]),
-    "C": (8192, [31, 26, 26, 26, 26, 26, 26, 31]),
-}
 
 
 def rows(args: argparse.Namespace) -> list[Row]:
@@ -123,7 +96,9 @@ def parse_peers(told: Sequence[str]) -> dict[str, str]:
 def task_of(net: Net, threads: int, on: Sequence[int]) -> Task:
     """The net as a child reads it."""
     parts = tuple(
-        PeerPart(p.weight, p.bias, p.stride, p.side) if isinstance(p, Conv) else PeerPart(p.weight, p.bias)
+        PeerPart(p.weight, p.bias, p.stride, p.side, p.padding)
+        if isinstance(p, Conv)
+        else PeerPart(np.asarray(p.weight, np.float64), p.bias)
         for p in net.parts
     )
     return Task(net.name, parts, net.inputs, threads, tuple(on))
@@ -133,26 +108,11 @@ def _left_out(net: str, name: str, error: Exception) -> None:
     print(f"bench he: {net}: {name} left out: {error}", file=sys.stderr, flush=True)
 
 
-@dataclass
-class _System:
-    """One competitor's rows-to-be: what it costs in bytes, and its largest error so far."""
-
-    label: str
-    backend: str
-    threads: int
-    sizes: tuple[int, int, int]  # uplink, keys, reply
-    note: str = ""
-    error: float = 0.0
-
-    def saw(self, got: FloatArray, want: FloatArray) -> None:
-        self.error = max(self.error, float(np.abs(np.ravel(got) - want).max()))
-
-
 def _net(
     net: Net, program: Program, threads: int, on: Sequence[int], rivals: dict[str, str], quick: bool
 ) -> list[Row]:
     spec, x = program.spec, net.inputs
-    want = evaluate_clear(squares_only(net.layers), x)
+    want = normalised(net.layers)(x)
     ours = settle("auto")
     costs = calibrate(spec.parameters) if ours == "native" else None
     client = Client.of(program, *dict.fromkeys((ours, "seal")), threads=threads)
@@ -160,14 +120,15 @@ def _net(
     with pin_workers(on):  # threads are born with the first evaluation
         reply = client.evaluate(ours, requests[0])
     sizes = spec.uplink_bytes, spec.key_bytes, spec.reply_bytes
-    systems: dict[str, _System] = {}
+    systems: dict[str, System] = {}
     runs: dict[str, Run] = {}
     for backend in client.loaded:
         many = threads if backend == "native" else 1
         label = f"{backend}, {many} threads" if many > 1 else backend
-        systems[backend] = _System(label, backend, many, sizes)
+        systems[backend] = System(label, backend, many, sizes)
         runs[backend] = clocked(lambda i, b=backend: client.evaluate(b, requests[i % len(x)]))  # type: ignore[misc]
-        for request, logits in zip(requests, want, strict=True):
+        few = 3 if program.predicted_s(backend) > 1 else len(requests)
+        for request, logits in zip(requests[:few], want[:few], strict=True):
             systems[backend].saw(client.decryptor.decrypt(client.evaluate(backend, request)), logits)
     runs["again"] = runs[ours]
     runs |= ticket_runs(client, requests)
@@ -176,35 +137,40 @@ def _net(
     full = _full_lanes(net, program, threads, on)
     if full is not None:
         runs["lanes"] = clocked(lambda i: full[1].evaluate(ours, full[2]))
-    if not quick and net.name in TENSEAL:
-        runs["tenseal"], systems["tenseal"] = _tenseal(net, want)
+    if not quick and net.name in PARAMETERS:
+        runs["tenseal"], systems["tenseal"] = tenseal(net, want)
     with ExitStack() as stack:
         described: dict[str, Description] = {}
+        missing: list[Row] = []
         for name, python in rivals.items():
             try:
                 peer = Peer(name, python, task_of(net, threads, on))
             except PeerFailed as error:
                 _left_out(net.name, name, error)
+                missing.append(net_rows.absent(net.name, name, error))
                 continue
             stack.callback(peer.close)
             told = described[name] = peer.description
-            systems[name] = _System(
+            systems[name] = System(
                 told.system, name, threads, (told.uplink_bytes, told.key_bytes, told.reply_bytes), told.note
             )
             runs[name] = _peer_run(peer, systems[name], want)
-        seconds = interleaved(
-            runs, quick, lambda name, error: _left_out(net.name, name, error), expected=PeerFailed
-        )
+
+        def dropped(name: str, error: Exception) -> None:
+            _left_out(net.name, name, error)
+            missing.append(net_rows.absent(net.name, name, error))
+
+        seconds = interleaved(runs, quick, dropped, expected=PeerFailed)
     measured = {name: system for name, system in systems.items() if name in seconds}
     noise = abs(median_ratio(seconds["again"], seconds[ours]) - 1)
-    made = list(_evaluations(net.name, measured, seconds, ours, float(np.abs(want).max())))
+    made = list(net_rows.evaluations(net.name, measured, seconds, ours, float(np.abs(want).max())))
     made += ticket_rows(net.name, seconds)
-    made += _edge(net.name, seconds, described)
+    made += net_rows.edge(net.name, seconds, described)
     if full is not None:
-        made.append(_amortised(net.name, full, seconds["lanes"]))
+        made.append(net_rows.amortised(net.name, full[0], seconds["lanes"]))
     if threads == 1:
-        made += _predicted(net.name, program, ours, costs, seconds, noise)
-    made += _ratios(net.name, measured, seconds, ours)
+        made += net_rows.predicted(net.name, program, ours, costs, seconds, noise)
+    made += [*net_rows.ratios(net.name, measured, seconds, ours), *missing]
     made.append(
         row(
             f"{net.name}: machine noise, {ours} measured twice",
@@ -217,115 +183,13 @@ def _net(
     return made
 
 
-def _peer_run(peer: Peer, system: _System, want: FloatArray) -> Run:
+def _peer_run(peer: Peer, system: System, want: FloatArray) -> Run:
     def run(index: int, times: int) -> list[float]:
         seconds, logits = peer.run(index % len(want), times)
         system.saw(logits, want[index % len(want)])
         return seconds
 
     return run
-
-
-def _evaluations(
-    net: str, systems: dict[str, _System], seconds: dict[str, list[float]], ours: str, largest: float
-) -> Iterator[Row]:
-    """Each system's evaluation; bytes and error against their targets for ours."""
-    target = TARGETS.get(net)
-    for name, system in systems.items():
-        value = statistics.median(seconds[name])
-        mine = name in (ours, "seal")
-        yield row(
-            f"{net}: {system.label}, eval_total_s",
-            value,
-            "s",
-            target=target.eval_s if target and name == "native" else None,
-            note=system.note if mine else _costs(system),
-            **summary(seconds[name]),
-            net=net,
-            backend=system.backend,
-            threads=system.threads,
-            eval_s=value,
-            uplink_bytes=system.sizes[0],
-            key_bytes=system.sizes[1],
-            reply_bytes=system.sizes[2],
-            max_abs_err=system.error,
-        )
-        if mine:
-            yield row(
-                f"{net}: {system.label}, largest error of a logit",
-                system.error,
-                "1",
-                target=ERROR * max(1.0, largest),
-                n=20,
-                note=f"max |logit| {largest:.3g}",
-            )
-    uplink, keys, reply = systems[ours].sizes
-    yield row(f"{net}: uplink", uplink, "bytes", target=target.uplink_bytes if target else None)
-    yield row(f"{net}: evaluation keys", keys, "bytes", target=target.key_bytes if target else None)
-    yield row(f"{net}: reply", reply, "bytes", target=target.reply_bytes if target else None)
-
-
-def _costs(system: _System) -> str:
-    up, keys, _ = system.sizes
-    return f"{up / 1e6:.3g} MB up, {keys / 1e6:.3g} MB of keys, error {system.error:.2g}; {system.note}"
-
-
-def _edge(net: str, seconds: dict[str, list[float]], described: dict[str, Description]) -> Iterator[Row]:
-    for what, part, target in (
-        ("encrypt and pack", "encrypt", ENCRYPT_S),
-        ("unpack, decrypt and decode", "decrypt", DECRYPT_S),
-    ):
-        theirs = {d.system: statistics.median(getattr(d, f"{part}_s")) for d in described.values()}
-        yield row(
-            f"{net}: {what} at the edge",
-            statistics.median(seconds[part]),
-            "s",
-            target=target,
-            note="; ".join(f"{system}: {s:.3g} s" for system, s in theirs.items()),
-            **summary(seconds[part]),
-        )
-
-
-def _predicted(
-    net: str,
-    program: Program,
-    ours: str,
-    costs: Calibration | None,
-    seconds: dict[str, list[float]],
-    noise: float,
-) -> Iterator[Row]:
-    """Operation counts times what was measured before the runs, beside the runs."""
-    parts: list[tuple[str, Part, str]] = [(ours, "total", "")]
-    parts += [("online", "online", " with a ticket")] if "online" in seconds else []
-    for name, part, how in parts:
-        predicted, value = program.predicted_s(ours, costs, part), statistics.median(seconds[name])
-        yield row(
-            f"{net}: predicted seconds off measured, {ours}{how}",
-            abs(predicted / value - 1),
-            "1",
-            target=max(PREDICTED, 2 * noise) if part == "total" else None,
-            n=len(seconds[name]),
-            note=f"predicted {predicted:.4g} s, measured {value:.4g} s",
-        )
-    if costs is not None:
-        yield row(f"{net}: calibration, {ours}", costs.took_s, "s", target=CALIBRATION_S)
-
-
-def _ratios(
-    net: str, systems: dict[str, _System], seconds: dict[str, list[float]], ours: str
-) -> Iterator[Row]:
-    for name, system in systems.items():
-        if name == ours:
-            continue
-        yield row(
-            f"{net}: {system.label}'s time over {ours}'s",
-            median_ratio(seconds[name], seconds[ours]),
-            "x",
-            target=None if name == "seal" else 1.0,
-            at_most=False,
-            n=len(seconds[name]),
-            note="same run, same core",
-        )
 
 
 def _full_lanes(
@@ -352,18 +216,6 @@ def _full_lanes(
     with pin_workers(on):
         client.evaluator.evaluate(client.keys, request)
     return best, client, request
-
-
-def _amortised(net: str, full: tuple[Program, Client, bytes], seconds: list[float]) -> Row:
-    spec = full[0].spec
-    return row(
-        f"{net}: amortised per image, {spec.lanes} lanes",
-        statistics.median(seconds) / spec.lanes,
-        "s",
-        n=len(seconds),
-        note=f"{statistics.median(seconds):.3g} s for {spec.lanes} images; a request of "
-        f"{spec.uplink_bytes / 1000:,.0f} KB, keys of {spec.key_bytes / 1e6:.1f} MB",
-    )
 
 
 def _two_threads(net: Net, on: Sequence[int], quick: bool) -> list[Row]:
@@ -418,55 +270,3 @@ def _two_threads(net: Net, on: Sequence[int], quick: bool) -> list[Row]:
             note=f"one thread {statistics.median([*alone[0], *alone[1]]):.4g} s",
         ),
     ]
-
-
-def _tenseal(net: Net, want: FloatArray) -> tuple[Run, _System]:
-    import tenseal as ts
-
-    degree, bits = TENSEAL[net.name]
-    context = ts.context(ts.SCHEME_TYPE.CKKS, degree, coeff_mod_bit_sizes=bits, n_threads=1)
-    context.global_scale = 2 ** bits[1]
-    context.generate_galois_keys()
-    first = net.parts[0]
-    windows = 0
-    if isinstance(first, Conv):
-        size = first.weight.shape[2]
-        images = net.inputs.reshape(-1, first.side, first.side)
-        packed = [ts.im2col_encoding(context, m.tolist(), size, size, first.stride) for m in images]
-        vectors, windows = [vector for vector, _ in packed], packed[0][1]
-    else:
-        vectors = [ts.ckks_vector(context, values.tolist()) for values in net.inputs]
-
-    def convolved(given: Any, part: Conv) -> Any:
-        channels = [
-            given.conv2d_im2col(kernel[0].tolist(), windows) + float(bias)
-            for kernel, bias in zip(part.weight, part.bias, strict=True)
-        ]
-        return ts.CKKSVector.pack_vectors(channels)
-
-    dense = {
-        i: (p.weight.T.tolist(), p.bias.tolist()) for i, p in enumerate(net.parts) if isinstance(p, Affine)
-    }
-
-    def evaluate(i: int) -> Any:
-        out = vectors[i % len(vectors)]
-        for index, part in enumerate(net.parts):
-            if isinstance(part, Conv):
-                out = convolved(out, part)
-            else:
-                matrix, bias = dense[index]
-                out = out.mm(matrix) + bias
-            if index < len(net.parts) - 1:
-                out = out.square()
-        return out
-
-    keys = context.serialize(
-        save_public_key=False, save_secret_key=False, save_galois_keys=True, save_relin_keys=True
-    )
-    reply = evaluate(0)
-    sizes = len(vectors[0].serialize()), len(keys), len(reply.serialize())
-    system = _System(
-        f"TenSEAL {metadata.version('tenseal')} mm", "tenseal", 1, sizes, "ciphertexts already parsed"
-    )
-    system.saw(np.asarray(reply.decrypt()), want[0])
-    return clocked(evaluate), system

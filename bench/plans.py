@@ -19,7 +19,8 @@ from bench.tails import Client, dense_or_conv, random_layers
 from blindtail.he import plan, schedule
 from blindtail.he.backends import settle
 from blindtail.he.compiler import compile_plan
-from blindtail.he.layers import Layer, squares_only
+from blindtail.he.layers import Layer
+from blindtail.he.normal import normalised
 from blindtail.he.objective import Objective
 
 SOURCES = (
@@ -47,7 +48,7 @@ def searched(seed: int) -> float:
     maps, lanes = (2, int(rng.choice([1, 4, 16]))) if seed % 2 else (3, int(rng.choice([16, 64, 128])))
     widest = 4096 // lanes
     widths = [int(rng.integers(4, min(widest, 1000))), *rng.integers(2, min(widest, 64), maps).tolist()]
-    tail = squares_only(random_layers(widths, seed))
+    tail = normalised(random_layers(widths, seed))
     (parameters, *_) = plan.rings(2 * maps - 1)
     firsts, last = plan.ways_in(tail, parameters, lanes)
     every = schedule.search(tail, firsts, parameters, last, exhaustive=True)

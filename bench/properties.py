@@ -14,7 +14,8 @@ from bench.rows import Row, row
 from bench.tails import Client, random_layers
 from blindtail.he.clear import ClearEvaluator
 from blindtail.he.compiler import compile_tail
-from blindtail.he.layers import FloatArray, evaluate_clear, squares_only
+from blindtail.he.layers import FloatArray
+from blindtail.he.normal import normalised
 from blindtail.he.program import Program
 
 SOURCES = ("blindtail/he/*.py", "native/src/*", "bench/properties.py", "bench/tails.py")
@@ -69,7 +70,7 @@ def _case(seed: int) -> tuple[Program, FloatArray, FloatArray]:
     layers = random_layers(widths, seed, plain=bool(rng.random() < 0.5))
     calibration = np.abs(rng.normal(size=(100, widths[0])))
     x = np.abs(rng.normal(size=(3 * lanes, widths[0])))
-    return compile_tail(layers, calibration, lanes=lanes), x, evaluate_clear(squares_only(layers), x)
+    return compile_tail(layers, calibration, lanes=lanes), x, normalised(layers)(x)
 
 
 def _encrypted(program: Program, x: FloatArray, want: FloatArray) -> dict[str, FloatArray]:

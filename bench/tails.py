@@ -14,6 +14,7 @@ from blindtail.bundle import CloudBundle
 from blindtail.he.backends import Evaluator, Keys, open_evaluator, settle
 from blindtail.he.compiler import compile_tail
 from blindtail.he.layers import Affine, FloatArray, Layer, Quadratic
+from blindtail.he.objective import Objective
 from blindtail.he.program import MapOp, Program
 from blindtail.he.secret import Decryptor, Encryptor, SecretKey
 
@@ -40,12 +41,13 @@ def random_layers(widths: Sequence[int], seed: int = 0, plain: bool = True) -> l
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution without padding on square images: weight (out, in, k, k), bias (out,)."""
+    """A convolution on square images: weight (out, in, k, k), bias (out,)."""
 
     weight: FloatArray
     bias: FloatArray
     stride: int
     side: int  # of the image that goes in
+    padding: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Net:
 
     @property
     def layers(self) -> list[Layer]:
-        """[Affine, Quadratic, ..., Affine]: convolutions folded into dense maps."""
+        """[Affine, Quadratic, ..., Affine]: convolutions folded into maps."""
         made: list[Layer] = []
         for i, part in enumerate(self.parts):
             step = part if isinstance(part, Affine) else folded(part)
@@ -74,9 +76,17 @@ class Net:
 
 
 #: Widths of the fully connected ones; A's and D's first layer is a convolution before them.
-WIDTHS = {"A": (256, 64, 10), "B": (512, 128, 10), "C": (784, 128, 128, 10), "D": (980, 100, 10)}
-#: Channels, side of a window and stride of that convolution on 28 x 28 pixels.
-CONVOLUTIONS = {"A": (4, 7, 3), "D": (5, 2, 2)}
+WIDTHS = {
+    "A": (256, 64, 10),
+    "B": (512, 128, 10),
+    "C": (784, 128, 128, 10),
+    "D": (980, 100, 10),
+    "E": (3136, 512, 10),
+}
+#: Channels, side of a window, stride and padding of the convolutions before, on 28 x 28 pixels.
+CONVOLUTIONS = {"A": ((4, 7, 3, 0),), "D": ((5, 2, 2, 0),), "E": ((32, 5, 2, 2), (64, 5, 2, 2))}
+#: What plans are chosen for, where it is not the default.
+OBJECTIVES = {"E": Objective(at_most={"uplink_bytes": 400_000, "key_bytes": 100_000_000, "error": 1.5e-3})}
 DEMO = "demo"
 _INPUTS = 20
 
@@ -88,19 +98,20 @@ def nets(names: Sequence[str]) -> Iterator[tuple[Net, Program]]:
             yield from _demo()
         else:
             net = dense_or_conv(name)
-            yield net, compile_tail(net.layers, net.calibration)
+            yield net, compile_tail(net.layers, net.calibration, objective=OBJECTIVES.get(name))
 
 
 def dense_or_conv(name: str) -> Net:
-    """A, B, C or D. Raises `KeyError` for another name."""
+    """A, B, C, D or E. Raises `KeyError` for another name."""
     parts: list[Conv | Affine] = [p for p in random_layers(WIDTHS[name]) if isinstance(p, Affine)]
     features = WIDTHS[name][0]
     if name in CONVOLUTIONS:
-        channels, side, stride = CONVOLUTIONS[name]
-        rng = np.random.default_rng(3)
-        weight = rng.normal(size=(channels, 1, side, side)) / side
-        parts.insert(0, Conv(weight, rng.normal(size=channels) / 8, stride, 28))
-        features = 784
+        rng, inputs, width, before = np.random.default_rng(3), 1, 28, []
+        for channels, side, stride, padding in CONVOLUTIONS[name]:
+            weight = rng.normal(size=(channels, inputs, side, side)) / (side * np.sqrt(inputs))
+            before.append(Conv(weight, rng.normal(size=channels) / 8, stride, width, padding))
+            inputs, width = channels, (width + 2 * padding - side) // stride + 1
+        parts, features = [*before, *parts], 784
     calibration = np.random.default_rng(1).uniform(0, 1, (200, features))
     return Net(name, tuple(parts), calibration, calibration[:_INPUTS])
 
@@ -115,14 +126,14 @@ def _demo() -> Iterator[tuple[Net, Program]]:
 
 
 def folded(part: Conv) -> Affine:
-    """A convolution as the dense map that the compiler takes, by the compiler's own front end."""
+    """A convolution as the map that the compiler takes, by the compiler's own front end."""
     import torch
     from torch import nn
 
     from blindtail.he.frontend import fold_tail
 
     outputs, inputs, size, _ = part.weight.shape
-    layer = nn.Conv2d(inputs, outputs, size, part.stride, dtype=torch.float64)
+    layer = nn.Conv2d(inputs, outputs, size, part.stride, part.padding, dtype=torch.float64)
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(part.weight))
         assert layer.bias is not None

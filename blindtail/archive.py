@@ -22,10 +22,14 @@ from blindtail.errors import BlindtailError, BundleError, ModelError
 from blindtail.he.spec import canonical_json
 
 FORMAT_VERSION = 2
+#: Of files with refreshed tails, which releases before them must not take for whole ones.
+REFRESH_FORMAT_VERSION = 3
 MAX_FILE_BYTES = 1 << 30
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_MEMBERS = 257
 _MANIFEST = "manifest.json"
+#: An owner's two files, and a cell's own file of one program.
+_FORMS = ("blindtail-edge", "blindtail-cloud", "blindtail-program")
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 _T = TypeVar("_T")
 
@@ -43,10 +47,16 @@ def _pack(manifest: bytes, members: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def write(path: Path, form: str, data: Mapping[str, Any], members: Mapping[str, bytes]) -> None:
+def write(
+    path: Path,
+    form: str,
+    data: Mapping[str, Any],
+    members: Mapping[str, bytes],
+    format_version: int = FORMAT_VERSION,
+) -> None:
     """Write atomically (a temporary file beside it, then a rename); equal input gives equal bytes."""
     hashes = {name: hashlib.sha256(blob).hexdigest() for name, blob in members.items()}
-    manifest = {**data, "format": form, "format_version": FORMAT_VERSION, "sha256": hashes}
+    manifest = {**data, "format": form, "format_version": format_version, "sha256": hashes}
     try:
         text = canonical_json(manifest)
         json.dumps(manifest, allow_nan=False)
@@ -95,11 +105,12 @@ def _unpack(blob: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
     if text is None or len(text) > MAX_MANIFEST_BYTES:
         raise BundleError("it has no manifest")
     manifest = json.loads(text, parse_constant=_no_constant)
-    if not isinstance(manifest, dict) or manifest.get("format") not in ("blindtail-edge", "blindtail-cloud"):
+    if not isinstance(manifest, dict) or manifest.get("format") not in _FORMS:
         raise BundleError("not a blindtail file")
-    if manifest.get("format_version") != FORMAT_VERSION:
+    if manifest.get("format_version") not in (FORMAT_VERSION, REFRESH_FORMAT_VERSION):
         raise BundleError(
-            f"format version {manifest.get('format_version')!r}, this blindtail reads {FORMAT_VERSION}"
+            f"format version {manifest.get('format_version')!r}, this blindtail reads {FORMAT_VERSION} "
+            f"and {REFRESH_FORMAT_VERSION}"
         )
     hashes = manifest["sha256"]
     if set(hashes) != set(members):

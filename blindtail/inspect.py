@@ -88,7 +88,11 @@ def describe_edge(bundle: EdgeBundle) -> dict[str, Any]:
         ],
         "metrics": dict(bundle.metrics),
         "cuts": {
-            str(cut): {**describe_spec(spec), **_stated_seconds(bundle, cut)}
+            str(cut): {
+                **describe_spec(spec),
+                **_stated_seconds(bundle, cut),
+                **_chain([describe_spec(s) for s in bundle.segments(cut)]),
+            }
             for cut, spec in sorted(bundle.cuts.items())
         },
     }
@@ -106,8 +110,24 @@ def describe_cloud(bundle: CloudBundle) -> dict[str, Any]:
         "kind": "cloud",
         "model": bundle.model,
         "version": bundle.version,
-        "cuts": {str(cut): describe_program(program) for cut, program in sorted(bundle.programs.items())},
+        "cuts": {
+            str(cut): {
+                **describe_program(program),
+                **_chain([describe_program(p) for p in bundle.segments(cut)]),
+            }
+            for cut, program in sorted(bundle.programs.items())
+        },
     }
+
+
+def _chain(segments: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of a refreshed tail: all segments, and what one offload takes in total."""
+    if len(segments) == 1:
+        return {}
+    totals = {name: sum(s[name] for s in segments) for name in ("uplink_bytes", "reply_bytes")}
+    if all("predicted_s" in s for s in segments):
+        totals["predicted_s"] = sum(s["predicted_s"] for s in segments)
+    return {"round_trips": len(segments), "outputs": segments[-1]["outputs"], **totals, "segments": segments}
 
 
 def describe_spec(spec: TailSpec) -> dict[str, Any]:
@@ -156,8 +176,11 @@ def render(report: Mapping[str, Any]) -> list[RenderableType]:
         parts.append(_stage_table(report))
     for cut, tail in report["cuts"].items():
         parts.append(_tail_table(cut, tail))
-        if "operations" in tail:
-            parts.append(_operation_table(tail))
+        if "segments" in tail:
+            parts.append(_segment_table(tail))
+        for segment in tail.get("segments", [tail]):
+            if "operations" in segment:
+                parts.append(_operation_table(segment))
     return parts
 
 
@@ -200,6 +223,7 @@ def _tail_table(cut: str, tail: Mapping[str, Any]) -> RenderableType:
         ("depth (levels consumed)", f"{tail['depth']}"),
         ("rotations (keys)", f"{tail['rotation_keys']} ({tail['evaluation_keys']})"),
         ("keys, uploaded once", f"{tail['key_bytes']:,} bytes"),
+        ("round trips", f"{tail.get('round_trips', 1)}"),
         ("uplink per request", f"{tail['uplink_bytes']:,} bytes"),
         ("reply per request", f"{tail['reply_bytes']:,} bytes"),
         ("predicted error of a logit (std)", f"{tail['predicted_noise']:.2g}"),
@@ -209,6 +233,25 @@ def _tail_table(cut: str, tail: Mapping[str, Any]) -> RenderableType:
         rows[6:6] = [(f"predicted seconds ({tail['predicted_for']})", f"{tail['predicted_s']:.3f}")]
     for what, value in rows:
         table.add_row(what, value)
+    return table
+
+
+def _segment_table(tail: Mapping[str, Any]) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(title="Round trips: between them THE EDGE SEES THE VALUES IN THE CLEAR")
+    for i, column in enumerate(("segment", "values in", "out", "levels", "uplink", "reply", "seconds")):
+        table.add_column(column, justify="right" if i else "left")
+    for i, segment in enumerate(tail["segments"]):
+        table.add_row(
+            f"{i} {segment['program_id'][:8]}",
+            f"{segment['features']:,}",
+            f"{segment['outputs']:,}",
+            str(segment["depth"]),
+            f"{segment['uplink_bytes']:,}",
+            f"{segment['reply_bytes']:,}",
+            f"{segment['predicted_s']:.4f}" if "predicted_s" in segment else "",
+        )
     return table
 
 

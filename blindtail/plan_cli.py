@@ -1,13 +1,12 @@
-"""`blindtail plan cloud.bt`: what else its tails could cost, and what an objective would choose."""
+"""`blindtail plan cloud.bt` or a network: what its tails could cost, and what an objective would choose."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 
 from blindtail.bundle import CloudBundle
@@ -16,9 +15,12 @@ from blindtail.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from blindtail.he.layers import Layer
     from blindtail.he.objective import Objective
     from blindtail.he.program import Program
 
+#: Called with the cut whose plans are looked for.
+Progress = Callable[[str], None]
 #: Rows of a front that a table shows; JSON has all.
 _SHOWN = 12
 
@@ -29,7 +31,24 @@ def register(app: typer.Typer) -> None:
 
 
 def plan_command(
-    file: Annotated[Path, typer.Argument(help="A cloud.bt.", metavar="cloud.bt")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A cloud.bt, or a network: file.py:NAME or package.module:NAME; its code is run.",
+            metavar="cloud.bt|MODEL",
+        ),
+    ],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", help="Shape of one image for MODEL, 3,32,32. Again for each further input."),
+    ] = None,
+    cut: Annotated[
+        str | None,
+        typer.Option(
+            help="The tail after this: a name from `blindtail lint`, or a stage's number.  "
+            "[default: the first that lint advises, of a file all]"
+        ),
+    ] = None,
     minimise: Annotated[
         list[str] | None,
         typer.Option(
@@ -41,7 +60,8 @@ def plan_command(
     ] = None,
     ring: Annotated[int | None, typer.Option(help="ring degree N, a power of two")] = None,
     lanes: Annotated[
-        int | None, typer.Option(min=1, help="images per ciphertext, a power of two  [default: the file's]")
+        int | None,
+        typer.Option(min=1, help="images per ciphertext, a power of two  [default: the file's, or 1]"),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="draw the front into this .png or .svg")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
@@ -56,8 +76,13 @@ def plan_command(
     no other beats everywhere. `compile_tail` and `pack` take the same objective. Without one they
     choose the least total_s as well, but within a budget of keys (30 MB at N = 8192).
 
+    Of a network, trained or not, the tail after --cut is planned as its layers' sizes and zeros make
+    it, and with the rewrites that `blindtail lint` advises where it needs some. THE FILE'S CODE IS
+    RUN, with your rights.
+
     \b
       blindtail plan cloud.bt
+      blindtail plan net.py:WardNet --input 1,28,28 --cut features.8
       blindtail plan cloud.bt --at-most key_bytes=5e6
       blindtail plan cloud.bt --minimise online_s --minimise total_s=0.1 --plot front.png
     """
@@ -68,64 +93,138 @@ def plan_command(
         raise ConfigError(f"--lanes must be a power of two, not {lanes}")
     from rich.console import Console
 
-    with Console(stderr=True).status("looking for plans"):
-        report = describe(CloudBundle.open(file), wanted, lanes=lanes, ring_degree=ring)
+    with Console(stderr=True).status("reading the layers") as status:
+
+        def planning(after: str) -> None:
+            status.update(f"looking for plans for the tail after {after}")
+
+        if model.endswith(".py"):
+            raise ConfigError(f"{model}: say which network of it: {Path(model).name}:NAME")
+        if ":" in model and not Path(model).exists():
+            from blindtail.models import plan_network
+
+            tails = plan_network.tails(model, inputs or (), cut)
+            report = describe_tails(
+                tails.model, tails.layers, wanted, lanes=lanes or 1, ring_degree=ring, progress=planning
+            )
+            report["rewrites"] = list(tails.rewrites)
+        else:
+            if inputs:
+                raise ConfigError("--input is for a network, file.py:NAME: a cloud.bt knows its shapes")
+            bundle = CloudBundle.open(Path(model))
+            report = describe(bundle, wanted, lanes=lanes, ring_degree=ring, cut=cut, progress=planning)
     if plot is not None:
         draw(report, plot)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return
     console = Console()
-    for cut, found in report["cuts"].items():
-        console.print(_table(cut, found))
+    for found in report["cuts"].values():
+        console.print(_table(found))
         if len(found["front"]) > _SHOWN:
             console.print(f"{_SHOWN} of {len(found['front'])} plans of the front; --json prints all")
+    if report.get("rewrites"):
+        console.print(f"after the rewrites that `blindtail lint` tells of: {', '.join(report['rewrites'])}")
 
 
 def describe(
-    bundle: CloudBundle, objective: Objective, *, lanes: int | None = None, ring_degree: int | None = None
+    bundle: CloudBundle,
+    objective: Objective,
+    *,
+    lanes: int | None = None,
+    ring_degree: int | None = None,
+    cut: str | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Everything that the command shows, as JSON; with the lanes of the file unless told others.
+    """Everything that the command shows of a cloud.bt, as JSON; with its lanes unless told others.
 
-    Raises `ModelError`, `NoPlan` among them.
+    cut  the stage of one tail; without it all
+
+    Raises `ModelError`, `NoPlan` among them, and `ConfigError` for a cut that it has not.
     """
-    return {
+    from blindtail.he import plan
+    from blindtail.he.objective import METRICS
+    from blindtail.he.recover import layers_of
+
+    cuts = [str(stage) for stage in sorted(bundle.programs)]
+    if cut is not None and cut not in cuts:
+        raise ConfigError(f"--cut {cut}: {bundle.model} is cut after stages {', '.join(cuts)}")
+    report: dict[str, Any] = {
         "model": bundle.model,
         "version": bundle.version,
         "objective": objective.to_json(),
         "predicted_for": "native",
+        "cuts": {},
+    }
+    for at in cuts:
+        for stage, program, ring in _programs(bundle, int(at), ring_degree) if cut in (None, at) else ():
+            wanted = lanes or program.spec.lanes
+            found = _planned(f"stage {stage}", layers_of(program), objective, wanted, ring, progress)
+            costs = plan.costs_of(program)
+            report["cuts"][stage] = {"present": {name: costs.of(name) for name in METRICS}, **found}
+    return report
+
+
+def describe_tails(
+    model: str,
+    tails: Mapping[str, Sequence[Layer]],
+    objective: Objective,
+    *,
+    lanes: int = 1,
+    ring_degree: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The same for tails that no file holds yet: layers by where the network is cut.
+
+    Raises `ModelError`, `NoPlan` among them.
+    """
+    return {
+        "model": model,
+        "version": None,
+        "objective": objective.to_json(),
+        "predicted_for": "native",
         "cuts": {
-            str(cut): _cut(program, objective, lanes or program.spec.lanes, ring_degree)
-            for cut, program in sorted(bundle.programs.items())
+            after: {"present": None, **_planned(after, layers, objective, lanes, ring_degree, progress)}
+            for after, layers in tails.items()
         },
     }
 
 
-def _cut(program: Program, objective: Objective, lanes: int, ring_degree: int | None) -> dict[str, Any]:
-    from blindtail.he import plan
-    from blindtail.he.layers import Affine, Layer, Quadratic
-    from blindtail.he.objective import METRICS
-    from blindtail.he.operations import MapOp
-
-    layers: list[Layer] = []
-    for op in program.ops:
-        if isinstance(op, MapOp):
-            layers.append(Affine(op.weight, op.bias, op.name))
+def _programs(
+    bundle: CloudBundle, cut: int, ring_degree: int | None
+) -> Iterator[tuple[str, Program, int | None]]:
+    """A tail, or each segment of a refreshed one ("1.0", "1.1", ...), which share a ring."""
+    programs = bundle.segments(cut)
+    for i, program in enumerate(programs):
+        if len(programs) == 1:
+            yield str(cut), program, ring_degree
         else:
-            one = np.ones(op.layout.size)
-            layers.append(Quadratic(one, 0 * one, 0 * one, op.name))
-    costs = plan.costs_of(program)
+            yield f"{cut}.{i}", program, ring_degree or program.spec.parameters.ring_degree
+
+
+def _planned(
+    after: str,
+    layers: Sequence[Layer],
+    objective: Objective,
+    lanes: int,
+    ring_degree: int | None,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    from blindtail.he import plan
+
+    if progress is not None:
+        progress(after)
     return {
-        "present": {name: costs.of(name) for name in METRICS},
+        "after": after,
         "chosen": plan.best(layers, objective, lanes=lanes, ring_degree=ring_degree).describe(),
         "front": [p.describe() for p in plan.front(layers, lanes=lanes, ring_degree=ring_degree)],
     }
 
 
-def _table(cut: str, found: Mapping[str, Any]) -> Table:
+def _table(found: Mapping[str, Any]) -> Table:
     from rich.table import Table
 
-    table = Table(title=f"Plans for the tail after stage {cut}")
+    table = Table(title=f"Plans for the tail after {found['after']}")
     for i, column in enumerate(("", "total", "online", "uplink", "keys", "memory", "N", "slots")):
         table.add_column(column, justify="right" if i else "left")
 
@@ -143,7 +242,8 @@ def _table(cut: str, found: Mapping[str, Any]) -> Table:
             style=style,
         )
 
-    add("in the file", found["present"])
+    if found["present"] is not None:
+        add("in the file", found["present"])
     add("chosen", found["chosen"], "bold")
     table.add_section()
     for row in _spread(found["front"]):
@@ -170,14 +270,14 @@ def draw(report: Mapping[str, Any], target: Path) -> None:
     cuts = report["cuts"]
     figure = Figure(figsize=(6.5, 4.2 * len(cuts)), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (cut, found) in zip(figure.subplots(len(cuts), squeeze=False)[:, 0], cuts.items(), strict=True):
+    for axes, found in zip(figure.subplots(len(cuts), squeeze=False)[:, 0], cuts.values(), strict=True):
         for key, label, mark in (("total_s", "total", "o"), ("online_s", "with a ticket", "s")):
             front = [(row["key_bytes"] / 1e6, row[key] * 1e3) for row in found["front"]]
             axes.plot(*zip(*front, strict=True), mark, markersize=3, alpha=0.6, label=label)
             chosen = found["chosen"]
             axes.plot(chosen["key_bytes"] / 1e6, chosen[key] * 1e3, "kx", markersize=8)
         axes.set(xscale="log", yscale="log", xlabel="evaluation keys, MB", ylabel="predicted server time, ms")
-        axes.set_title(f"{report['model']}, cut after stage {cut} (x: chosen)")
+        axes.set_title(f"{report['model']}, cut after {found['after']} (x: chosen)")
         axes.legend()
     try:
         figure.savefig(target, dpi=130)
@@ -187,4 +287,4 @@ def draw(report: Mapping[str, Any], target: Path) -> None:
         ) from error
 
 
-__all__ = ["describe", "draw", "plan_command", "register"]
+__all__ = ["describe", "describe_tails", "draw", "plan_command", "register"]

@@ -61,7 +61,7 @@ class Preprocessing:
         if self.dtype == "uint8":
             x /= np.float32(255.0)
         elif not np.isfinite(x).all():
-            raise InputError("the image holds NaN or infinite pixels")
+            raise InputError("the image holds NaN or infinite pixels: leave it out, or read it again")
         elif x.size and (x.min() < 0.0 or x.max() > 1.0):
             raise InputError("float32 pixels must lie in [0, 1]: divide by the sensor's largest value")
         shape = (1, -1, 1, 1)

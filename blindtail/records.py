@@ -105,7 +105,8 @@ class Timings:
 
     The steps do not overlap and add up to `total_s` less what is named nowhere.
     `queue_s` and `eval_s` are reported by the cloud on its own clock; `network_s`
-    is the round trip less those two.
+    is the round trip less those two. Of a refreshed tail each is the sum over all
+    round trips, and `interlude_s` what the edge did between them.
     """
 
     total_s: float = 0.0
@@ -117,6 +118,7 @@ class Timings:
     queue_s: float = 0.0
     eval_s: float = 0.0
     decrypt_s: float = 0.0
+    interlude_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +129,9 @@ class Answer:
     fallback  None, or why the best exit answered instead of the tail
               ("deadline", "unavailable", "overloaded", "session", "keys", "evaluation", "refused")
     extra     "cut" of an offload, "policy_version" of an orchestrator's policy, "ticket" = 1 when
-              the cloud had done most of the evaluation ahead; "activation_range", "logit_range":
-              multiple of the calibrated range where values lie outside it (`edge.ranges`)
+              the cloud had done most of the evaluation ahead; "round_trips" completed, where the
+              tail is a refreshed one; "activation_range", "logit_range": multiple of the
+              calibrated range where values lie outside it (`edge.ranges`)
     """
 
     label: int

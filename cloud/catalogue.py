@@ -28,12 +28,18 @@ Name = tuple[str, str]  # model, version
 
 def container_bytes(spec: TailSpec, backend: str) -> int:
     """Exact size of the container that a backend accepts for evaluation."""
-    return HEADER_BYTES + 8 * spec.parameters.slots if backend == "clear" else spec.uplink_bytes
+    if backend != "clear":
+        return spec.uplink_bytes
+    complex_slots = spec.input_layout.imaginary is not None
+    return HEADER_BYTES + (16 if complex_slots else 8) * spec.parameters.slots
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One program of one model's version, with the sizes that its bytes must have."""
+    """One program of one model's version, with the sizes that its bytes must have.
+
+    A refreshed tail has one for each segment; keys are those of its first.
+    """
 
     model: str
     version: str
@@ -45,6 +51,11 @@ class Entry:
     @property
     def program_id(self) -> str:
         return self.program.spec.program_id
+
+    @property
+    def keys_id(self) -> str:
+        """The program id under which its keys are uploaded and kept, and sessions are opened."""
+        return self.program.spec.keys_id
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +78,8 @@ class Version:
     def of(cls, bundle: CloudBundle, backend: str) -> Version:
         """With the sizes of every program."""
         entries = {}
-        for cut, program in sorted(bundle.programs.items()):
+        listed = [(cut, program) for cut in sorted(bundle.programs) for program in bundle.segments(cut)]
+        for cut, program in listed:
             spec = program.spec
             entries[spec.program_id] = Entry(
                 bundle.model,

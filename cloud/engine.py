@@ -90,9 +90,9 @@ class Engine:
 
     def unload(self, name: str) -> None:
         """Forgets a program, and keys that no other program here is for."""
-        self._evaluators.pop(name, None)
-        if not any(_edges_id(other) == _edges_id(name) for other in self._evaluators):
-            for held in [held for held in self._keys if held[0] == _edges_id(name)]:
+        gone = self._evaluators.pop(name, None)
+        if gone is not None and all(o.spec.keys_id != gone.spec.keys_id for o in self._evaluators.values()):
+            for held in [held for held in self._keys if held[0] == gone.spec.keys_id]:
                 self._void(self._keys.pop(held)[0])
         self._forget([ticket for ticket, (of, _, _) in self._tickets.items() if of == name])
 
@@ -150,8 +150,8 @@ class Engine:
     # -- keys -------------------------------------------------------------------------
 
     def _load(self, program: str, keys_path: str) -> Keys:
-        name = (_edges_id(program), keys_path)
         evaluator = self._evaluators[program]
+        name = (evaluator.spec.keys_id, keys_path)  # all segments of a tail share what is loaded
         try:
             inode = os.stat(keys_path).st_ino  # an evicted and uploaded again file is another one
         except OSError:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from blindtail import errors
-from blindtail.bundle import CloudBundle
+from blindtail.bundle import open_program
 from blindtail.errors import BlindtailError, EvaluationFailed
 from blindtail.he.program import Program
 from cloud.engine import Engine, limit_threads
@@ -98,7 +98,7 @@ class EvaluatorActor:
     def _load(self, name: str) -> None:
         own = name.rpartition(":")[2]
         if own not in self._opened:
-            self._opened[own] = CloudBundle.open(program_path(self._root, own)).programs[0]
+            self._opened[own] = open_program(program_path(self._root, own))
         self._engine.load(name, self._opened[own])
 
     def evaluate(self, program_id: str, keys_path: str, ticket: bytes, *pieces: bytes) -> Outcome:

@@ -230,8 +230,8 @@ class Gateway:
     async def evaluate(self, identity: str, call: EvaluateCall, remaining_s: float | None) -> EvaluateResult:
         """`remaining_s` is the transport's deadline; the call's own counts when it is earlier.
 
-        Raises `SessionLost`, `KeysMissing`, `ContainerError`, `Overloaded`,
-        `DeadlineExceeded`, `EvaluationFailed`, `AccessDenied`, `ModelWithdrawn`.
+        Raises `SessionLost`, `KeysMissing`, `ContainerError`, `Overloaded`, `DeadlineExceeded`,
+        `EvaluationFailed`, `AccessDenied`, `ModelWithdrawn`, `ProgramMismatch`.
         """
         model, version, outcome, eval_s = "", "", "other", None
         self._evaluating += 1
@@ -257,8 +257,9 @@ class Gateway:
     async def _evaluate(
         self, session: Session, call: EvaluateCall, remaining_s: float | None
     ) -> EvaluateResult:
-        entry = self.registry.find(session.model, session.version, session.program_id)
+        lead = self.registry.find(session.model, session.version, session.program_id)
         self.registry.admit(session.identity, session.model, session.version)
+        entry = self.registry.segment(lead, call.program_id)
         if len(call.container) != entry.container_bytes:
             raise ContainerError(
                 f"the container has {len(call.container)} bytes, this program's have "
@@ -272,9 +273,10 @@ class Gateway:
         left_s = min(limits)
 
         def submit() -> asyncio.Future[EvaluateResult]:
-            path = self.keys.pin(session.identity, entry.program_id, session.key_sha256)
+            path = self.keys.pin(session.identity, entry.keys_id, session.key_sha256)
             serving = self.registry.route(entry, call.request_id)
-            claim = self.ahead.claim(session, entry, serving.name, call.container)
+            # Seeds are announced for a session's own program: what comes later waits for a decryption.
+            claim = self.ahead.claim(session, entry, serving.name, call.container) if entry is lead else None
             ticket = ("", b"") if claim is None else (claim.member, claim.name)
 
             def release(used: bool) -> None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from blindtail.bundle import CloudBundle
+from blindtail.bundle import save_program
 from blindtail.errors import BlindtailError, ConfigError
 from blindtail.he import encoded
 from cloud.registry import Entry
@@ -104,9 +104,8 @@ class KeyFolder:
 
     def add_program(self, entry: Entry) -> None:
         """Raises `ConfigError` when the directory cannot be written."""
-        bundle = CloudBundle(entry.model, entry.version, {0: entry.program})
         try:
-            bundle.save(self.program(entry.program_id))
+            save_program(self.program(entry.program_id), entry.program)
         except (OSError, BlindtailError) as error:
             raise ConfigError(f"cannot write to the state directory {self._root}: {error}") from error
 

@@ -54,7 +54,8 @@ class Registry:
         self._canaries: dict[tuple[str, str, str], list[tuple[float, Serving]]] = {}
         for version in catalogue.versions.values():
             for program_id, entry in version.entries.items():
-                self._by_program.setdefault(program_id, []).append(version)
+                if entry.keys_id == program_id:  # later segments have neither keys nor sessions of their own
+                    self._by_program.setdefault(program_id, []).append(version)
                 self._add(program_id, entry)
         for model in {m for m, _ in catalogue.versions}:
             self._add_canaries(model)
@@ -107,13 +108,28 @@ class Registry:
         if found is None:
             raise self._unknown(model, version)
         entry = found.entries.get(program_id)
-        if entry is None:
-            held = ", ".join(known_id[:12] for known_id in found.entries)
+        if entry is None or entry.keys_id != program_id:
+            held = ", ".join(e.program_id[:12] for e in found.entries.values() if e.keys_id == e.program_id)
             raise ProgramMismatch(
                 f"edge and cloud both hold {model!r} version {version}, but the edge's tail is program "
                 f"{program_id[:12]} and the cloud's is {held}: pack the model again and give both files out"
             )
         return entry
+
+    def segment(self, lead: Entry, program_id: str) -> Entry:
+        """The program that a request of a session means: the session's own, or a later segment of its tail.
+
+        Raises `ProgramMismatch` for any other.
+        """
+        if program_id in ("", lead.program_id):
+            return lead
+        found = self.catalogue.versions[lead.model, lead.version].entries.get(program_id)
+        if found is None or found.keys_id != lead.program_id:
+            raise ProgramMismatch(
+                f"program {program_id[:12]} is no segment of this session's tail: use the edge.bt and "
+                "cloud.bt of one version"
+            )
+        return found
 
     def _unknown(self, model: str, version: str) -> ProgramMismatch:
         here = sorted(self.catalogue.of_model(model))

@@ -33,8 +33,8 @@ class Sums:
         self.by_ticket += "ticket" in answer.extra
 
 
-def seen_from_outside(answer: Answer) -> Answer:
-    """The answer as reports and metrics may show it.
+def seen_from_outside(answer: Answer, *, awaiting: bool = False) -> Answer:
+    """The answer as reports and metrics may show it. `awaiting`: it fell back while a reply was owed.
 
     Whether a reply opened as it should is a fact about a decryption, and those stay on the
     device (docs/threat-model.md): an answer that fell back although its reply had come in
@@ -43,7 +43,7 @@ def seen_from_outside(answer: Answer) -> Answer:
     """
     if any(note in answer.extra for note in NOTES):
         answer = replace(answer, extra={k: v for k, v in answer.extra.items() if k not in NOTES})
-    if answer.fallback in (None, "deadline") or not answer.reply_bytes:
+    if answer.fallback in (None, "deadline") or awaiting or not answer.reply_bytes:
         return answer
     return replace(answer, route="tail", fallback=None)
 
@@ -57,9 +57,9 @@ class Accounting:
         self._total, self._since = Sums(), Sums()
         self._noted: Counter[str] = Counter()  # never part of what `take` hands out
 
-    def count(self, answer: Answer) -> Answer:
-        """Counts an answer; hands it back."""
-        outward = seen_from_outside(answer)
+    def count(self, answer: Answer, *, awaiting: bool = False) -> Answer:
+        """Counts an answer; hands it back. `awaiting`: see `seen_from_outside`."""
+        outward = seen_from_outside(answer, awaiting=awaiting)
         with self._lock:
             self._total.add(answer)
             self._noted.update(note for note in NOTES if note in answer.extra)

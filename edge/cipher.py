@@ -8,7 +8,7 @@ when first needed, not before.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -37,23 +37,30 @@ class _Decryptor(Protocol):
 class LockedCipher:
     """One encryptor and one decryptor, one thread at a time (the library promises no more).
 
-    tickets  the encryptor again, if it makes tickets
+    tickets    the encryptor again, if it makes tickets
+    following  those of a refreshed tail's later segments, for the same key
     """
 
     def __init__(
-        self, encryptor: _Encryptor, decryptor: _Decryptor, tickets: Encryptor | None = None
+        self,
+        encryptor: _Encryptor,
+        decryptor: _Decryptor,
+        tickets: Encryptor | None = None,
+        following: Sequence[tuple[_Encryptor, _Decryptor]] = (),
     ) -> None:
-        self._encryptor, self._decryptor, self._tickets = encryptor, decryptor, tickets
+        self._pairs, self._tickets = ((encryptor, decryptor), *following), tickets
         self._lock = threading.Lock()
 
-    def encrypt(self, activation: FloatArray, wait_s: float | None = None, ticket: Any = None) -> bytes:
+    def encrypt(
+        self, activation: FloatArray, wait_s: float | None = None, ticket: Any = None, segment: int = 0
+    ) -> bytes:
         """(features,) -> container. Raises `DeadlineExceeded` when its turn comes too late, and
         `StateError` for a ticket that was used or is another cipher's."""
         with self._turn(wait_s):
             if ticket is None:
-                return self._encryptor.encrypt(activation)
-            if self._tickets is None:
-                raise StateError("this cipher has no tickets")
+                return self._pairs[segment][0].encrypt(activation)
+            if self._tickets is None or segment:
+                raise StateError("this cipher has no tickets, or none for this segment")
             return self._tickets.encrypt(activation, ticket)
 
     def ticket(self, wait_s: float | None = None) -> Ticket | None:
@@ -63,10 +70,11 @@ class LockedCipher:
         with self._turn(wait_s):
             return self._tickets.ticket()
 
-    def decrypt(self, container: bytes, wait_s: float | None = None) -> FloatArray:
+    def decrypt(self, container: bytes, wait_s: float | None = None, segment: int = 0) -> FloatArray:
         """Container -> logits (outputs,). Raises `ContainerError`, `DeadlineExceeded`."""
         with self._turn(wait_s):
-            return np.asarray(self._decryptor.decrypt(container), dtype=np.float64).reshape(-1)
+            opened = self._pairs[segment][1].decrypt(container)
+            return np.asarray(opened, dtype=np.float64).reshape(-1)
 
     @contextmanager
     def _turn(self, wait_s: float | None) -> Iterator[None]:
@@ -98,18 +106,25 @@ def largest_reply(spec: TailSpec, backend: str) -> int:
     return spec.reply_bytes if backend == "seal" else max(spec.reply_bytes, 1024 + 8 * spec.parameters.slots)
 
 
-def open_cipher(spec: TailSpec, secret: Path, backend: str) -> LockedCipher:
-    """Loads the secret key. Raises `ContainerError` when it is damaged or of another program."""
+def open_cipher(
+    spec: TailSpec, secret: Path, backend: str, following: Sequence[TailSpec] = ()
+) -> LockedCipher:
+    """Loads the secret key. Raises `ContainerError` when it is damaged or of another program.
+
+    following  later segments of a refreshed tail, whose key is the first one's
+    """
     check_backend(backend)
     if backend == "clear":
         from blindtail.he.clear import ClearDecryptor, ClearEncryptor
 
-        return LockedCipher(ClearEncryptor(spec), ClearDecryptor(spec))
+        clear = [(ClearEncryptor(s), ClearDecryptor(s)) for s in following]
+        return LockedCipher(ClearEncryptor(spec), ClearDecryptor(spec), following=clear)
     from blindtail.he.secret import Decryptor, Encryptor, SecretKey
 
     key = SecretKey.load(spec, secret)
     encryptor = Encryptor(spec, key)
-    return LockedCipher(encryptor, Decryptor(spec, key), encryptor)
+    later = [(Encryptor(s, key), Decryptor(s, key)) for s in following]
+    return LockedCipher(encryptor, Decryptor(spec, key), encryptor, later)
 
 
 def make_keys(

@@ -346,13 +346,14 @@ def _describe(answer: Answer, bundle: EdgeBundle) -> str:
     t = answer.timings
     steps = [
         (name, getattr(t, f"{name}_s"))
-        for name in ("head", "exits", "decide", "encrypt", "network", "queue", "eval", "decrypt")
+        for name in ("head", "exits", "decide", "encrypt", "network", "queue", "eval", "decrypt", "interlude")
     ]
     spent = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in steps if seconds > 0)
     lines.append(f"{t.total_s * 1e3:.1f} ms: {spent}")
     if answer.uplink_bytes:
         lines.append(
             f"{answer.uplink_bytes / 1e3:.1f} KB up, {answer.reply_bytes / 1e3:.1f} KB back, encrypted"
+            + (f", in {trips:.0f} round trips" if (trips := answer.extra.get("round_trips", 0.0)) else "")
         )
     return "\n".join(lines)
 

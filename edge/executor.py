@@ -32,7 +32,7 @@ class HeadExecutor:
 
     def __init__(self, bundle: EdgeBundle, *, threads: int = 1) -> None:
         self._preprocessing = bundle.preprocessing
-        options = _options(threads)
+        options = session_options(threads)
         self._stages = [_Graph(bundle, f"stage{i}", options) for i in range(len(bundle.stages))]
         self._exits = [_Graph(bundle, f"exit{i}", options) for i in range(len(bundle.exits))]
 
@@ -100,7 +100,8 @@ class _Graph:
         return result
 
 
-def _options(threads: int) -> ort.SessionOptions:
+def session_options(threads: int) -> ort.SessionOptions:
+    """Of every graph that the edge runs."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from blindtail.wire import KeyState, RegisterResult
 from edge.cells import Place
 from edge.keyfiles import KeyFiles, KeySet
 from edge.keys import KeyWorker
-from edge.tail import Cipher, TailState
+from edge.tail import Cipher, TailState, in_all
 
 CALL_S = 5.0
 PROBE_S = 10.0
@@ -54,10 +54,12 @@ class Draining(Exception):
 class Joiner:
     """One tail's way into a cell. For one thread, except `close`.
 
-    evaluate   (place, container, seconds) -> reply
-    on_probe   hears the seconds of an encrypted round trip, and what the cloud says about it
+    evaluate   (place, container, seconds, segment) -> reply
+    on_probe   hears the seconds of an encrypted round trip, or of all of a refreshed tail's, and what the
+               cloud says about it
     on_upload  hears the seconds from the start of an upload until its keys were usable
     on_others  hears of the other cells that a cell names
+    following  later segments of a refreshed tail
     """
 
     def __init__(
@@ -69,11 +71,13 @@ class Joiner:
         backend: str,
         clock: Callable[[], float],
         load_cipher: Callable[[TailSpec, Path, str], Cipher],
-        evaluate: Callable[[Place, bytes, float], TailReply],
+        evaluate: Callable[[Place, bytes, float, int], TailReply],
         on_probe: Callable[[float, TailTimings], None] | None,
         on_upload: Callable[[float], None] | None,
         on_others: Callable[[tuple[str, ...]], None],
+        following: Sequence[TailSpec] = (),
     ) -> None:
+        self._features = [spec.features, *(later.features for later in following)]
         self._spec, self._files, self._worker = spec, files, worker
         self._backend, self._clock, self._load_cipher = backend, clock, load_cipher
         self._evaluate = evaluate
@@ -159,7 +163,7 @@ class Joiner:
         return keys
 
     def _probe(self, place: Place, *, warm_first: bool) -> None:
-        """Evaluates an encryption of zeros: warms the path, and tells how long an offload takes.
+        """Evaluates encryptions of zeros: warms the path, and tells how long an offload takes.
 
         Nothing is learned from its content. The first one in a cell also loads the
         keys there, so only the second one's time counts.
@@ -168,14 +172,17 @@ class Joiner:
         assert cipher is not None
         for measured in (False, True) if warm_first else (True,):
             start_s = self._clock()
-            container = cipher.encrypt(np.zeros(self._spec.features))
+            told: list[TailTimings] = []
             try:
-                reply = self._evaluate(place, container, PROBE_S)
-                cipher.decrypt(reply.container)
+                for segment, features in enumerate(self._features):
+                    container = cipher.encrypt(np.zeros(features), segment=segment)
+                    reply = self._evaluate(place, container, PROBE_S, segment)
+                    cipher.decrypt(reply.container, segment=segment)
+                    told.append(reply.timings)
             except (EvaluationFailed, Overloaded, ContainerError):
                 return  # requests will meet it, and answer from an exit
             if measured and self._on_probe is not None:
-                self._on_probe(self._clock() - start_s, reply.timings)
+                self._on_probe(self._clock() - start_s, in_all(told))
 
     def _progress(self, tell: Tell, event: Mapping[str, Any]) -> None:
         kind = event.get("event")

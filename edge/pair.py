@@ -17,9 +17,12 @@ from numpy.typing import NDArray
 from blindtail.bundle import CloudBundle, EdgeBundle
 from blindtail.errors import BundleError, InputError
 from blindtail.he.compatible import differences, serving_as
-from blindtail.he.program import MapOp, Program
+from blindtail.he.layers import outputs
+from blindtail.he.program import Program
+from blindtail.he.recover import layers_of
 from blindtail.he.spec import TailSpec
 from edge.executor import HeadExecutor, softmax
+from edge.interludes import Interludes
 
 Floats = NDArray[np.float64]
 
@@ -66,7 +69,9 @@ class ModelPair:
             raise BundleError(
                 f"{edge_bt} and {cloud_bt} hold different tails under one version: build both files again"
             )
-        if differences(ours, edge.cuts[cut]):
+        later = [p.spec.program_id for p in cloud.following.get(cut, ())]
+        known = [spec.program_id for spec in edge.segments(cut)[1:]]
+        if differences(ours, edge.cuts[cut]) or later != known:
             raise BundleError(
                 f"{edge_bt} is version {edge.version}, {cloud_bt} is version {cloud.version}, and neither "
                 "was made for the other: use two files that were written together"
@@ -78,9 +83,19 @@ class ModelPair:
         return self.edge.cuts[self.cut]
 
     @property
+    def specs(self) -> tuple[TailSpec, ...]:
+        """Of every round trip: several for a refreshed tail."""
+        return self.edge.segments(self.cut)
+
+    @property
     def program(self) -> Program:
-        """The tail, under the id that this edge.bt knows."""
+        """The tail, or its first segment, under the id that this edge.bt knows."""
         return serving_as(self.cloud.programs[self.cut], self.spec)
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """Of every round trip."""
+        return (self.program, *self.cloud.following.get(self.cut, ()))
 
     def run_head(
         self, pixels: NDArray[Any], progress: Callable[[int], None] = lambda done: None
@@ -105,6 +120,13 @@ class ModelPair:
     def clear_tail(self, activations: Floats) -> Floats:
         """The tail's exact logits in the clear: (n, features) -> (n, classes)."""
         x = np.atleast_2d(np.asarray(activations, np.float64))
-        for op in self.program.ops:
-            x = x @ op.weight.T + op.bias if isinstance(op, MapOp) else x * x
-        return x
+        if len(self.specs) == 1:
+            return outputs(layers_of(self.program), x)[-1]
+        interludes, rows = Interludes(self.edge), []
+        tails = [layers_of(program) for program in self.programs]
+        for row in x:
+            values = interludes.begin(self.cut, row)
+            for segment, layers in enumerate(tails):
+                values.opened(segment, outputs(layers, values.input(segment)[None])[-1][0])
+            rows.append(values.logits)
+        return np.stack(rows)

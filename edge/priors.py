@@ -17,7 +17,7 @@ SPREAD = 2.0
 
 
 def priors_of(bundle: EdgeBundle, uplink_bps: float | None = None) -> dict[str, LatencyEstimate]:
-    """Step -> prior. An offload is its bytes over the link, a round trip, and the evaluation.
+    """Step -> prior. An offload is its bytes over the link, its round trips, and the evaluation.
 
     The evaluation's seconds come from the manifest's `metrics["predicted_eval_s"]`
     (a number, or one per cut as {"1": seconds}) when the model's owner stored them.
@@ -29,9 +29,11 @@ def priors_of(bundle: EdgeBundle, uplink_bps: float | None = None) -> dict[str, 
         priors[f"exit{i}"] = _spread(leaving.macs / HEAD_MACS_PER_S + STEP_OVERHEAD_S)
     priors["encrypt"] = priors["decrypt"] = _spread(CRYPTO_S)
     rate_bps = uplink_bps or DEFAULT_UPLINK_BPS
-    for cut, spec in bundle.cuts.items():
-        wire_s = (spec.uplink_bytes + spec.reply_bytes) * 8 / rate_bps + DEFAULT_ROUND_TRIP_S
-        priors[f"offload{cut}"] = _spread(wire_s + predicted_eval_s(bundle, cut) + 2 * CRYPTO_S)
+    for cut in bundle.cuts:
+        trips = bundle.segments(cut)
+        wire_s = sum(s.uplink_bytes + s.reply_bytes for s in trips) * 8 / rate_bps
+        own_s = len(trips) * (DEFAULT_ROUND_TRIP_S + 2 * CRYPTO_S)
+        priors[f"offload{cut}"] = _spread(wire_s + own_s + predicted_eval_s(bundle, cut))
     return priors
 
 

@@ -12,7 +12,7 @@ what a command prints at the end to whoever called it counts such answers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,20 +27,22 @@ NOTES = (ACTIVATION, LOGITS)
 
 
 class Ranges:
-    """The calibrated ranges of a model's cuts."""
+    """The calibrated ranges of a model's cuts; of a refreshed tail's segments, by cut and index."""
 
-    def __init__(self, cuts: Mapping[int, TailSpec]) -> None:
+    def __init__(self, cuts: Mapping[int, Sequence[TailSpec]]) -> None:
         self._bounds = {
-            cut: {ACTIVATION: spec.input_bound, LOGITS: logit_bound(spec)} for cut, spec in cuts.items()
+            (cut, index): {ACTIVATION: spec.input_bound, LOGITS: logit_bound(spec)}
+            for cut, specs in cuts.items()
+            for index, spec in enumerate(specs)
         }
 
-    def note(self, kind: str, cut: int, values: NDArray[Any]) -> dict[str, float]:
+    def note(self, kind: str, cut: int, values: NDArray[Any], segment: int = 0) -> dict[str, float]:
         """{kind: multiple of the calibrated range}, or {} where `values` (any shape) lie within the margin.
 
         Of values that are not finite nothing is noted: they are refused elsewhere. Logits that
         wrapped may lie anywhere, within the range too.
         """
-        bound = self._bounds[cut][kind]
+        bound = self._bounds[cut, segment][kind]
         multiple = float(np.abs(values).max(initial=0.0)) / bound if bound > 0 else 0.0
         # Two digits: no more of a decrypted value, which carries noise of the key, than people need.
         return {kind: float(f"{multiple:.2g}")} if RANGE_MARGIN < multiple < math.inf else {}

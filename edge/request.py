@@ -38,6 +38,8 @@ class Request:
     sent_ticket: bool = False  # encrypted with one
     ticket: bool = False  # and the cloud had it ready
     notes: dict[str, float] = field(default_factory=dict)  # for this device alone, see `edge.ranges`
+    awaiting: bool = False  # the cloud owes a reply: what goes wrong then is no secret
+    round_trips: int = 0  # completed, of a tail that has several
     _probabilities: dict[int, FloatArray] = field(default_factory=dict)
 
     def elapsed_s(self) -> float:
@@ -81,6 +83,8 @@ class Request:
             extra["policy_version"] = float(self.policy_version)
         if self.ticket and route == "tail":
             extra["ticket"] = 1.0
+        if self.round_trips:
+            extra["round_trips"] = float(self.round_trips)
         extra |= self.notes
         steps = {f"{name}_s": seconds for name, seconds in self.spent.items()}
         return Answer(

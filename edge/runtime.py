@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from blindtail.bundle import EdgeBundle
 from blindtail.errors import ConfigError, DeadlineExceeded, InputError, StateError, TailError
 from blindtail.metrics import EdgeMetrics
-from blindtail.records import Action, Answer, Decision, LatencyEstimate
+from blindtail.records import Action, Answer, Decision, LatencyEstimate, TailTimings
 from blindtail.rpc import Credentials
 from blindtail.wire.control import Report
 from edge.accounting import Accounting, report_of
 from edge.activity import Activity
 from edge.control import PolicyControl, Rules
 from edge.executor import HeadExecutor, softmax
+from edge.interludes import Interludes, Values
 from edge.keyfiles import default_state_dir
 from edge.latency import LatencyBook
 from edge.offloads import Offloads
@@ -32,7 +33,7 @@ from edge.ranges import ACTIVATION, LOGITS, Ranges
 from edge.request import Clock, Request
 from edge.stages import Stages
 from edge.status import RuntimeStatus
-from edge.tail import Tail, fallback_reason
+from edge.tail import Cipher, Tail, fallback_reason, in_all
 from edge.trial import policy_for
 from edge.view import View
 from orchestrator.policy import UNAVAILABLE, Policy, best_exit
@@ -85,7 +86,8 @@ class EdgeRuntime:
         self._latencies = latencies or LatencyBook(priors_of(bundle))
         self._offloads = offloads or Offloads.of(bundle, self._latencies)
         self._activity = activity or Activity(clock)
-        self._ranges = Ranges(bundle.cuts)
+        self._ranges = Ranges({cut: bundle.segments(cut) for cut in bundle.cuts})
+        self._interludes = Interludes(bundle)
         self._stages = Stages(bundle, self._head, self._latencies, clock)
         self._view = View(bundle, self._tails, self._latencies, self._offloads, clock)
         self._pool = ThreadPoolExecutor(ASYNC_THREADS, thread_name_prefix="infer")
@@ -216,7 +218,7 @@ class EdgeRuntime:
         return self._fall_back(request, stage, x, reason)
 
     def _offload(self, request: Request, cut: int, x: NDArray[np.float32]) -> Answer:
-        """Encrypt, evaluate, decrypt; whatever goes wrong, the best exit answers."""
+        """Encrypt, evaluate, decrypt, once a segment; whatever goes wrong, the best exit answers."""
         # Bought beforehand: when the reply does not come, no time is left for it.
         self._stages.ensure_exit(request, cut, x)
         began_s = self._clock()
@@ -225,50 +227,67 @@ class EdgeRuntime:
             cipher = None if tail is None else tail.cipher
             if tail is None or cipher is None:
                 return self._fall_back(request, cut, x, UNAVAILABLE)
-            decrypt_s = self._estimate("decrypt").p95_s
-            encrypt_s = self._estimate("encrypt").p95_s
-
-            self._require(request, encrypt_s + decrypt_s)
-            request.notes |= self._ranges.note(ACTIVATION, cut, x)
-            ticket = tail.take_ticket(cipher)
-            request.sent_ticket = ticket is not None
-            with request.step("encrypt"):
-                container = cipher.encrypt(
-                    x.reshape(-1).astype(np.float64), _less(request.left_s(), decrypt_s), ticket
-                )
-            request.uplink_bytes = len(container)
-
-            remaining_s = _less(request.left_s(), decrypt_s)
-            self._require(request, decrypt_s)
-            sent_s = self._clock()
-            try:
-                reply = tail.evaluate(container, remaining_s)
-            except BaseException:
-                request.add("network", self._clock() - sent_s)
-                raise
-            request.reply_bytes, request.ticket = len(reply.container), reply.timings.ticket
-            inside_s = reply.timings.queue_s + reply.timings.eval_s
-            request.add("network", self._clock() - sent_s - inside_s)
-            request.add("queue", reply.timings.queue_s)
-            request.add("eval", reply.timings.eval_s)
-
-            # Even a reply that came late has taught what an offload takes.
-            self._require(request, decrypt_s)
-            with request.step("decrypt"):
-                logits = cipher.decrypt(reply.container, request.left_s())
+            values, told = self._interludes.begin(cut, x), []
+            trips = len(self.bundle.segments(cut))
+            for segment in range(trips):
+                told.append(self._round_trip(request, cut, segment, tail, cipher, values))
+                request.round_trips += trips > 1
+            logits, timings = values.logits, in_all(told)
         except Exception as error:
             self._learn_failure(request, cut, error, self._clock() - began_s)
             return self._fall_back(request, cut, x, fallback_reason(error))
         now_s = self._clock()
-        self._latencies.observe("encrypt", request.spent["encrypt"], now_s)
-        self._latencies.observe("decrypt", request.spent["decrypt"], now_s)
-        self._offloads.observe(cut, now_s - began_s, reply.timings, now_s, sent=request.sent_ticket)
+        self._latencies.observe("encrypt", request.spent["encrypt"] / trips, now_s)
+        self._latencies.observe("decrypt", request.spent["decrypt"] / trips, now_s)
+        self._offloads.observe(cut, now_s - began_s, timings, now_s, sent=request.sent_ticket)
         if request.late():
             return self._fall_back(request, cut, x, "deadline")
-        if logits.shape != (len(self.bundle.class_names),) or not np.isfinite(logits).all():
+        classes = len(self.bundle.class_names)
+        if values.strange or logits.shape != (classes,) or not np.isfinite(logits).all():
             return self._fall_back(request, cut, x, "refused")
-        request.notes |= self._ranges.note(LOGITS, cut, logits)
+        if cut not in self.bundle.refreshed or not self.bundle.refreshed[cut].ends_in_interlude:
+            request.notes |= self._ranges.note(LOGITS, cut, logits, trips - 1)
         return self._accounting.count(request.answer(softmax(logits), "tail", cut=cut))
+
+    def _round_trip(
+        self, request: Request, cut: int, segment: int, tail: Tail, cipher: Cipher, values: Values
+    ) -> TailTimings:
+        """One segment, of a tail that may have one. What is sent, and whether, never depends on what was
+        decrypted before: on time alone, and on the cloud."""
+        decrypt_s = self._estimate("decrypt").p95_s
+        self._require(request, self._estimate("encrypt").p95_s + decrypt_s)
+        x = values.input(segment)
+        found = self._ranges.note(ACTIVATION, cut, x, segment)
+        request.notes |= {kind: max(v, request.notes.get(kind, 0.0)) for kind, v in found.items()}
+        ticket = None if segment else tail.take_ticket(cipher)
+        request.sent_ticket |= ticket is not None
+        with request.step("encrypt"):
+            container = cipher.encrypt(x, _less(request.left_s(), decrypt_s), ticket, segment)
+
+        remaining_s = _less(request.left_s(), decrypt_s)
+        self._require(request, decrypt_s)
+        request.uplink_bytes += len(container)
+        sent_s, request.awaiting = self._clock(), True
+        try:
+            reply = tail.evaluate(container, remaining_s, segment)
+        except BaseException:
+            request.add("network", self._clock() - sent_s)
+            raise
+        request.awaiting = False
+        request.reply_bytes += len(reply.container)
+        request.ticket |= reply.timings.ticket
+        inside_s = reply.timings.queue_s + reply.timings.eval_s
+        request.add("network", self._clock() - sent_s - inside_s)
+        request.add("queue", reply.timings.queue_s)
+        request.add("eval", reply.timings.eval_s)
+
+        # Even a reply that came late has taught what an offload takes.
+        self._require(request, decrypt_s)
+        with request.step("decrypt"):
+            opened = cipher.decrypt(reply.container, request.left_s(), segment)
+        with request.step("interlude"):
+            values.opened(segment, opened)
+        return reply.timings
 
     async def infer_async(self, image: NDArray[Any], deadline_s: float | None = None) -> Answer:
         """As `infer`, without blocking the event loop; the deadline counts from this call."""
@@ -302,9 +321,8 @@ class EdgeRuntime:
         self._stages.ensure_exit(request, stage, x)
         best = best_exit(request.exits)
         assert best is not None  # a bundle has an exit, and every stage has run by now
-        return self._accounting.count(
-            request.answer_exit(best.index, reason, cut=stage if request.uplink_bytes else None)
-        )
+        answer = request.answer_exit(best.index, reason, cut=stage if request.uplink_bytes else None)
+        return self._accounting.count(answer, awaiting=request.awaiting)
 
     def _require(self, request: Request, needed_s: float) -> None:
         left_s = request.left_s()

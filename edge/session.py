@@ -20,7 +20,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,9 +89,12 @@ class RemoteTail:
         on_upload: Callable[[float], None] | None = None,
         tickets: int = 0,
         activity: Activity | None = None,
+        following: Sequence[TailSpec] = (),
     ) -> None:
-        """tickets: most to hold, made while `activity` is quiet."""
+        """tickets: most to hold, made while `activity` is quiet. following: later segments of a refreshed
+        tail, for the same session and keys."""
         self._spec, self._cells, self._clock = spec, cells, clock
+        self._programs = ("", *(later.program_id for later in following))
         self._joiner = Joiner(
             spec,
             files,
@@ -99,7 +102,10 @@ class RemoteTail:
             backend=backend,
             clock=clock,
             load_cipher=load_cipher,
-            evaluate=lambda place, container, s: self._evaluate(place, container, clock() + s),
+            evaluate=lambda place, container, s, segment: self._evaluate(
+                place, container, clock() + s, segment
+            ),
+            following=following,
             on_probe=on_probe,
             on_upload=on_upload,
             on_others=cells.learn,
@@ -151,7 +157,7 @@ class RemoteTail:
     def wait_ready(self, timeout_s: float) -> bool:
         return self._board.wait_ready(timeout_s)
 
-    def evaluate(self, container: bytes, remaining_s: float | None) -> TailReply:
+    def evaluate(self, container: bytes, remaining_s: float | None, segment: int = 0) -> TailReply:
         """One evaluation; the very same bytes are sent once more after a broken connection or a failed
         evaluation, if the time left covers a typical round trip, and once to another cell when this
         one has gone and another is reached in time. Raises `TailError`."""
@@ -162,7 +168,7 @@ class RemoteTail:
                 raise TailUnavailable("the tail is not ready")
             place.hold()
         try:
-            return self._evaluate(place, container, end_s)
+            return self._evaluate(place, container, end_s, segment)
         except TailUnavailable:
             moved = self._elsewhere(place, end_s)
             if moved is None:
@@ -170,7 +176,7 @@ class RemoteTail:
         finally:
             place.release()
         try:
-            return self._evaluate(moved, container, end_s)
+            return self._evaluate(moved, container, end_s, segment)
         finally:
             moved.release()
 
@@ -190,13 +196,14 @@ class RemoteTail:
     def _moved_from(self, gone: Place) -> bool:
         return self._place not in (None, gone) and self._board.is_ready
 
-    def _evaluate(self, place: Place, container: bytes, end_s: float) -> TailReply:
+    def _evaluate(self, place: Place, container: bytes, end_s: float, segment: int = 0) -> TailReply:
         session, request_id = place.session, os.urandom(REQUEST_ID_BYTES)
         assert session is not None
         for attempt in (0, 1):
             try:
                 left_s = end_s - self._clock()
-                reply = place.client.evaluate(session, request_id, attempt, container, left_s)
+                program = self._programs[segment]
+                reply = place.client.evaluate(session, request_id, attempt, container, left_s, program)
             except (TailUnavailable, EvaluationFailed) as error:
                 if attempt or end_s - self._clock() <= self._typical_s:
                     self._note(place, error)

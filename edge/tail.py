@@ -7,8 +7,8 @@ one cut's pair of them with a state, and is all that `EdgeRuntime` knows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from types import MappingProxyType
 from typing import Protocol
@@ -30,7 +30,7 @@ from blindtail.errors import (
     TailUnavailable,
 )
 from blindtail.he.spec import TailSpec
-from blindtail.records import TailReply
+from blindtail.records import TailReply, TailTimings
 
 FloatArray = NDArray[np.float64]
 
@@ -57,6 +57,12 @@ def fallback_reason(error: Exception) -> str:
     return next((word for kind, word in FALLBACK_REASONS if isinstance(error, kind)), "unavailable")
 
 
+def in_all(told: Sequence[TailTimings]) -> TailTimings:
+    """Of all round trips of one offload: times added up, the ticket of the first, the rest of the last."""
+    queue_s, eval_s = sum(t.queue_s for t in told), sum(t.eval_s for t in told)
+    return replace(told[-1], queue_s=queue_s, eval_s=eval_s, ticket=told[0].ticket)
+
+
 class Ticket(Protocol):
     """An encryption of zero, made ahead of the one message that it covers (`blindtail.he.secret`)."""
 
@@ -66,31 +72,35 @@ class Ticket(Protocol):
 
 
 class Cipher(Protocol):
-    """Encrypts activations, decrypts replies. Thread-safe.
+    """Encrypts activations, decrypts replies; one key for all segments of a tail. Thread-safe.
 
     All wait at most `wait_s` for another thread's turn, then raise `DeadlineExceeded`;
     None waits as long as it takes.
     """
 
     def encrypt(
-        self, activation: FloatArray, wait_s: float | None = None, ticket: Ticket | None = None
+        self,
+        activation: FloatArray,
+        wait_s: float | None = None,
+        ticket: Ticket | None = None,
+        segment: int = 0,
     ) -> bytes:
-        """(features,) -> container, with a ticket of this cipher's own or without.
+        """(features,) of a segment -> container; the first one's may take a ticket of this cipher's.
 
         Raises `DeadlineExceeded`, and `StateError` for a ticket that was used or is another's.
         """
 
     def ticket(self, wait_s: float | None = None) -> Ticket | None:
-        """A new one; None from a cipher that has none. Raises `DeadlineExceeded`."""
+        """A new one, for the first segment; None from a cipher that has none. Raises `DeadlineExceeded`."""
 
-    def decrypt(self, container: bytes, wait_s: float | None = None) -> FloatArray:
-        """Container -> logits (outputs,). Raises `ContainerError`, `DeadlineExceeded`."""
+    def decrypt(self, container: bytes, wait_s: float | None = None, segment: int = 0) -> FloatArray:
+        """Container -> logits, or a segment's values. Raises `ContainerError`, `DeadlineExceeded`."""
 
 
 class TailClient(Protocol):
     """Brings one container to an evaluator. Thread-safe."""
 
-    def evaluate(self, container: bytes, remaining_s: float | None) -> TailReply:
+    def evaluate(self, container: bytes, remaining_s: float | None, segment: int = 0) -> TailReply:
         """Returns within `remaining_s` or raises a `TailError`. None = no deadline: `TAIL_TIMEOUT_S`."""
 
 

@@ -37,8 +37,16 @@ class CellClient(Protocol):
         """Announces seeds; none, to ask how many it takes. A cell without tickets: capacity 0."""
 
     def evaluate(
-        self, session: bytes, request_id: bytes, attempt: int, container: bytes, remaining_s: float
-    ) -> TailReply: ...
+        self,
+        session: bytes,
+        request_id: bytes,
+        attempt: int,
+        container: bytes,
+        remaining_s: float,
+        program_id: str = "",
+    ) -> TailReply:
+        """`program_id`: the segment that is meant; empty = the session's own program."""
+        ...
 
     def close(self) -> None: ...
 
@@ -89,12 +97,18 @@ class GrpcTailClient:
             return stub.tickets(TicketOffer(session, seeds), timeout_s)
 
     def evaluate(
-        self, session: bytes, request_id: bytes, attempt: int, container: bytes, remaining_s: float
+        self,
+        session: bytes,
+        request_id: bytes,
+        attempt: int,
+        container: bytes,
+        remaining_s: float,
+        program_id: str = "",
     ) -> TailReply:
         """Raises a `TailError` after `remaining_s` at the latest; `ContainerError` for an oversized reply."""
         if remaining_s <= 0:
             raise DeadlineExceeded("no time is left for the round trip")
-        call = EvaluateCall(session, request_id, container, attempt, remaining_s)
+        call = EvaluateCall(session, request_id, container, attempt, remaining_s, program_id)
         start_s = time.monotonic()
         with self._line.use() as stub:
             result = stub.evaluate(call, remaining_s, self._reply_bytes)

@@ -13,7 +13,7 @@ from blindtail.records import TailTimings
 from blindtail.rpc import Credentials, secure_channel
 from edge.activity import Activity
 from edge.cells import Cells, may_dial, split_addresses
-from edge.cipher import check_backend, largest_reply, prepare_backend
+from edge.cipher import check_backend, largest_reply, open_cipher, prepare_backend
 from edge.keyfiles import KeyFiles, default_state_dir
 from edge.keys import KeyProcess
 from edge.keys_child import Order, credentials_to_json
@@ -56,10 +56,11 @@ def open_tails(
     tails: dict[int, Tail] = {}
     try:
         for cut, spec in bundle.cuts.items():
+            following = bundle.segments(cut)[1:]
             KeyFiles(root, spec, backend).prepare()
             prepare_backend(spec, backend)
             cells = Cells(
-                addresses, _dialler(bundle, spec, credentials, backend), partial(may_dial, credentials)
+                addresses, _dialler(bundle, cut, credentials, backend), partial(may_dial, credentials)
             )
             patience_s = GIVE_UP_S if len(addresses) == 1 else GIVE_UP_ONE_OF_MANY_S
             tail = RemoteTail(
@@ -72,6 +73,8 @@ def open_tails(
                 on_upload=on_upload,
                 tickets=tickets,
                 activity=activity,
+                load_cipher=partial(open_cipher, following=following),
+                following=following,
             )
             tails[cut] = tail
             tail.start()
@@ -83,8 +86,10 @@ def open_tails(
 
 
 def _dialler(
-    bundle: EdgeBundle, spec: TailSpec, credentials: Credentials, backend: str
+    bundle: EdgeBundle, cut: int, credentials: Credentials, backend: str
 ) -> Callable[[str], CellClient]:
+    spec, largest = bundle.cuts[cut], max(largest_reply(s, backend) for s in bundle.segments(cut))
+
     def dial(address: str) -> CellClient:
         return GrpcTailClient(
             address,
@@ -92,7 +97,7 @@ def _dialler(
             model=bundle.model,
             version=bundle.version,
             spec=spec,
-            reply_bytes=largest_reply(spec, backend),
+            reply_bytes=largest,
         )
 
     return dial

@@ -135,7 +135,10 @@ def verify(
     n = len(labels)
     head = pair.run_head(pixels, lambda done: progress("head and exits", done, n))
     clear = pair.clear_tail(head.activations)
-    encrypted, seconds = evaluate_encrypted(pair.program, head.activations, backend, progress)
+    if len(pair.specs) == 1:
+        encrypted, seconds = evaluate_encrypted(pair.program, head.activations, backend, progress)
+    else:
+        encrypted, seconds = evaluate_refreshed(pair, head.activations, backend, progress)
     errors = np.abs(encrypted - clear).max(axis=1)
     clear_label, label = clear.argmax(axis=1), encrypted.argmax(axis=1)
     clear_margin, margin = top_margin(clear), top_margin(encrypted)
@@ -174,12 +177,13 @@ def verify(
         "logit_error": {
             "max": float(errors.max()),
             "mean": float(np.abs(encrypted - clear).mean()),
-            "predicted_std": pair.spec.predicted_noise,
+            "predicted_std": pair.specs[-1].predicted_noise,
             "smallest_clear_margin": float(clear_margin.min()),
         },
         "evaluation_s": quantiles(seconds),
-        "uplink_bytes": pair.spec.uplink_bytes,
-        "reply_bytes": pair.spec.reply_bytes,
+        "round_trips": len(pair.specs),
+        "uplink_bytes": sum(spec.uplink_bytes for spec in pair.specs),
+        "reply_bytes": sum(spec.reply_bytes for spec in pair.specs),
         "key_bytes": pair.spec.key_bytes,
         "edge_budget": dict(pair.edge.edge_budget),
         "wall_s": time.monotonic() - started_s,
@@ -230,6 +234,39 @@ def evaluate_encrypted(
     return logits, seconds
 
 
+def evaluate_refreshed(
+    pair: ModelPair, activations: Floats, backend: str, progress: Progress
+) -> tuple[Floats, list[float]]:
+    """As `evaluate_encrypted`, for a refreshed tail: all segments of each row, with what the edge does
+    between them. Seconds are an evaluator's for all segments together."""
+    from blindtail.he.backends import open_evaluator
+    from edge.cipher import make_keys, open_cipher
+    from edge.interludes import Interludes
+
+    specs, programs, interludes = pair.specs, pair.programs, Interludes(pair.edge)
+    kind = "clear" if backend == "clear" else "seal"
+    logits, seconds = np.zeros((len(activations), len(pair.edge.class_names))), []
+    with tempfile.TemporaryDirectory(prefix="blindtail-verify-") as folder:
+        secret, sent, prepared = (Path(folder) / name for name in ("secret", "keys", "prepared"))
+        make_keys(specs[0], secret, sent, kind, lambda done, total: progress("keys", done, total))
+        cipher = open_cipher(specs[0], secret, kind, specs[1:])
+        evaluators = [open_evaluator(backend, program) for program in programs]
+        evaluators[0].prepare_keys(sent, prepared)
+        keys = evaluators[0].load_keys(prepared)
+        for i, row in enumerate(activations):
+            values, spent = interludes.begin(pair.cut, row), 0.0
+            for segment, evaluator in enumerate(evaluators):
+                container = cipher.encrypt(values.input(segment), segment=segment)
+                began_s = time.perf_counter()
+                reply = evaluator.evaluate(keys, container)
+                spent += time.perf_counter() - began_s
+                values.opened(segment, cipher.decrypt(reply, segment=segment))
+            logits[i] = values.logits
+            seconds.append(spent)
+            progress("encrypted tail", i + 1, len(activations))
+    return logits, seconds
+
+
 def summary_lines(report: dict[str, Any]) -> list[str]:
     """The report in a few lines for a terminal."""
 
@@ -261,4 +298,4 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-__all__ = ["evaluate_encrypted", "read_images", "register", "verify", "verify_command"]
+__all__ = ["evaluate_encrypted", "evaluate_refreshed", "read_images", "register", "verify", "verify_command"]

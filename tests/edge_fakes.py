@@ -129,7 +129,11 @@ class PlainCipher:
         self.used: list[bytes] = []
 
     def encrypt(
-        self, activation: NDArray[np.float64], wait_s: float | None = None, ticket: Ticket | None = None
+        self,
+        activation: NDArray[np.float64],
+        wait_s: float | None = None,
+        ticket: Ticket | None = None,
+        segment: int = 0,
     ) -> bytes:
         assert activation.shape == (FEATURES,)
         self.encrypted += 1
@@ -145,7 +149,7 @@ class PlainCipher:
         self.made += 1
         return NumberedTicket(self.made)
 
-    def decrypt(self, container: bytes, wait_s: float | None = None) -> NDArray[np.float64]:
+    def decrypt(self, container: bytes, wait_s: float | None = None, segment: int = 0) -> NDArray[np.float64]:
         from blindtail.errors import ContainerError
 
         if len(container) != 8 * CLASSES:
@@ -179,7 +183,7 @@ class FakeTail:
         assert cipher is self.cipher
         return self.waiting.pop(0) if self.waiting else None
 
-    def evaluate(self, container: bytes, remaining_s: float | None) -> TailReply:
+    def evaluate(self, container: bytes, remaining_s: float | None, segment: int = 0) -> TailReply:
         self.calls.append(remaining_s)
         return self.behave(container, remaining_s)
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from bench.tails import random_layers
 from blindtail.he.compiler import compile_tail
-from blindtail.he.layers import Layer, evaluate_clear, squares_only
+from blindtail.he.layers import Layer
+from blindtail.he.normal import normalised
 from blindtail.he.program import Program
 
 FloatArray = NDArray[np.float64]
@@ -61,4 +62,4 @@ def clear_logits(case: Case, x: FloatArray) -> FloatArray:
 
 
 def rewritten_logits(case: Case, x: FloatArray) -> FloatArray:
-    return evaluate_clear(squares_only(layers(case)), x)
+    return normalised(layers(case))(x)

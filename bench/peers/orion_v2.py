@@ -14,9 +14,15 @@ import numpy as np
 
 from bench.peers.protocol import Floats, Rival, Task, serve
 
+LEVELS = 5
+
 
 class Orion(Rival):
     def __init__(self, task: Task) -> None:
+        if 2 * len(task.parts) - 1 > LEVELS:
+            raise RuntimeError(
+                f"it needs {2 * len(task.parts) - 1} levels, this setting of N = 8192 has {LEVELS}"
+            )
         torch: Any = importlib.import_module("torch")
         data: Any = importlib.import_module("torch.utils.data")
         compiler: Any = importlib.import_module("orion_compiler")
@@ -75,7 +81,7 @@ def network(task: Task) -> Any:
     def layer(part: Any) -> Any:
         outputs, inputs = part.weight.shape[:2]
         if part.stride:
-            made = on.Conv2d(inputs, outputs, part.weight.shape[2], part.stride)
+            made = on.Conv2d(inputs, outputs, part.weight.shape[2], part.stride, part.padding)
         else:
             made = on.Linear(inputs, outputs)
         with torch.no_grad():

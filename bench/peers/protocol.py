@@ -20,12 +20,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Part:
-    """A dense layer, or a convolution without padding (stride > 0) of a square image; a square follows."""
+    """A dense layer, or a convolution (stride > 0) of a square image; a square follows."""
 
     weight: Floats
     bias: Floats
     stride: int = 0
     side: int = 0
+    padding: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Task:
         np.savez(folder / "net.npz", **arrays)  # type: ignore[arg-type]
         described = {
             "name": self.name,
-            "parts": [[part.stride, part.side] for part in self.parts],
+            "parts": [[part.stride, part.side, part.padding] for part in self.parts],
             "threads": self.threads,
             "cores": self.cores,
         }
@@ -55,10 +56,7 @@ class Task:
     def read(cls, folder: Path) -> Task:
         told = json.loads((folder / "net.json").read_text())
         with np.load(folder / "net.npz") as arrays:
-            parts = tuple(
-                Part(arrays[f"w{i}"], arrays[f"b{i}"], stride, side)
-                for i, (stride, side) in enumerate(told["parts"])
-            )
+            parts = tuple(Part(arrays[f"w{i}"], arrays[f"b{i}"], *how) for i, how in enumerate(told["parts"]))
             inputs = arrays["inputs"]
         return cls(told["name"], parts, inputs, told["threads"], tuple(told["cores"]))
 

@@ -1,7 +1,8 @@
 """IBM's HElayers (tile tensors) on SEAL. Free for non-commercial use alone: never a dependency.
 
 A batch of one, its own layout search. Precision: the fastest setting that fits
-N = 8192 and still gives the logits: 39 + 10 bits for two layers, 25 + 8 for three.
+N = 8192 and still gives the logits: 39 + 10 bits for two layers, 25 + 8 for three,
+and for four, which want N = 16384.
 It flattens channels last, so that the columns after a convolution are put in that order.
 """
 
@@ -33,7 +34,8 @@ class Helayers(Rival):
         wanted.set_he_context_options([hl.SealCkksContext()])
         wanted.set_model_encrypted(False)
         wanted.optimize_for_batch_size(1)
-        wanted.set_fixed_num_slots(4096)
+        slots = 4096 if len(task.parts) <= 3 else 8192
+        wanted.set_fixed_num_slots(slots)
         wanted.set_fractional_part_precision(fractional, False)
         wanted.set_integer_part_precision(integer)
         profile = hl.HeModel.compile(plain, wanted)
@@ -44,7 +46,7 @@ class Helayers(Rival):
         self._model.encode(plain, profile)
         self._codec = self._model.create_model_io_encoder()
         self.system = f"pyhelayers {hl.VERSION}"
-        self.note = f"N = 8192, {fractional} + {integer} bits; ciphertexts already parsed"
+        self.note = f"N = {2 * slots}, {fractional} + {integer} bits; ciphertexts already parsed"
         sent = self.encrypt(task.inputs[0])
         self.uplink_bytes = len(sent.save_to_buffer())
         self.reply_bytes = len(self.evaluate(sent).save_to_buffer())
@@ -82,7 +84,7 @@ def write_onnx(task: Task, path: Path, shape: tuple[int, ...]) -> None:
             how = {
                 "kernel_shape": list(matrix.shape[2:]),
                 "strides": [part.stride, part.stride],
-                "pads": [0, 0, 0, 0],
+                "pads": [part.padding] * 4,
                 "dilations": [1, 1],
                 "group": 1,
             }

@@ -41,9 +41,14 @@ class Tail:
         bias: NDArray[np.float64],
         bias_scale: float,
         imaginary: NDArray[np.float64] | None = None,
+        inputs: Sequence[int] = (),
+        sources: Sequence[int] = (),
     ) -> None:
         """Rotations as Galois elements; giants: (index of baby, index of diagonal) by giant step;
-        diagonals (count, N / 2), and their imaginary parts, if they have any."""
+        diagonals (count, N / 2), and their imaginary parts, if they have any.
+
+        sources: operands, as values: 0 is the input, each step makes the next; empty: the one
+        before. inputs: which operand each baby step turns; empty: the first."""
     def map_bytes(self, level: int, diagonals: int) -> int:
         """Of an encoded map, its bias included: a multiple of 64."""
     def encode_map(
@@ -65,9 +70,20 @@ class Tail:
         giant: int,
         folds: Sequence[Sequence[int]],
         encoded: NDArray[np.uint8],
+        inputs: Sequence[int] = (),
+        sources: Sequence[int] = (),
     ) -> None:
         """As `add_map` of what `encode_map` made, read in place and kept alive; 64-byte aligned."""
-    def add_square(self, level: int) -> None: ...
+    def add_square(self, level: int, sources: Sequence[int] = ()) -> None: ...
+    def add_product(self, level: int, sources: Sequence[int]) -> None: ...
+    def add_sum(
+        self,
+        level: int,
+        sources: Sequence[int],
+        constant: NDArray[np.float64] | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        """Of one or two values and a constant, (N / 2,) at `scale`; stays at its level."""
     def finish(self, period: int, dropped_bits: int) -> None: ...
     @property
     def word_bits(self) -> int: ...

@@ -8,7 +8,7 @@ Noise is Gaussian per slot with the variances of `blindtail.he.noise`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from blindtail.he.container import Seeded
 from blindtail.he.layers import FloatArray
 from blindtail.he.operations import turned
 from blindtail.he.params import Parameters
-from blindtail.he.program import MapOp, Program
+from blindtail.he.program import Linear, Program, SumOp
 from blindtail.he.spec import SlotArray, TailSpec
 
 
@@ -39,11 +39,12 @@ class ClearOperations:
 
     def __init__(self, program: Program, rng: np.random.Generator | None = None) -> None:
         self._program, self._rng = program, rng
-        self._plain: dict[tuple[int, int, int], SlotArray] = {}
+        self._plain: dict[tuple[int, int, int, int], SlotArray] = {}
+        lanes = program.spec.lanes
         for index, op in enumerate(program.ops):
-            if isinstance(op, MapOp):
-                for giant, baby, values in op.steps():
-                    self._plain[index, giant, baby] = np.repeat(values, op.in_layout.lanes)
+            if isinstance(op, Linear):
+                for term, giant, baby, values in op.steps():
+                    self._plain[index, term, giant, baby] = np.repeat(values, lanes)
 
     @property
     def _parameters(self) -> Parameters:
@@ -74,11 +75,13 @@ class ClearOperations:
             turned(ct.slots, turn), ct.level, ct.scale, noise.keyswitch(self._parameters, ct.level)
         )
 
-    def multiply_diagonal(self, ct: ClearCiphertext, op: int, giant: int, baby: int) -> ClearCiphertext:
+    def multiply_diagonal(
+        self, ct: ClearCiphertext, op: int, term: int, giant: int, baby: int
+    ) -> ClearCiphertext:
         step = self._program.ops[op]
-        assert isinstance(step, MapOp)
-        plain = step.plain_scale(self._parameters)
-        values = self._plain[op, giant, baby]
+        assert isinstance(step, Linear)
+        plain = step.plain_scale(self._parameters, term)
+        values = self._plain[op, term, giant, baby]
         if self._rng is not None:
             values = values + self._noise(values, np.sqrt(noise.encoding(self._parameters)) / plain)
         return ClearCiphertext(ct.slots * values, ct.level, ct.scale * plain)
@@ -89,9 +92,9 @@ class ClearOperations:
 
     def add_bias(self, ct: ClearCiphertext, op: int) -> ClearCiphertext:
         step = self._program.ops[op]
-        assert isinstance(step, MapOp)
-        _same(ct, step.level - 1, step.out_scale)
-        bias = np.repeat(step.bias_slots(), step.in_layout.lanes)
+        assert isinstance(step, Linear | SumOp)
+        _same(ct, step.out_level, step.out_scale)
+        bias = np.repeat(step.bias_slots(), self._program.spec.lanes)
         return self._noisy(ct.slots + bias, ct.level, ct.scale, noise.encoding(self._parameters))
 
     def rescale(self, ct: ClearCiphertext) -> ClearCiphertext:
@@ -101,8 +104,18 @@ class ClearOperations:
         return self._noisy(ct.slots, ct.level - 1, scale, noise.rounding(self._parameters))
 
     def square(self, ct: ClearCiphertext) -> ClearCiphertext:
-        scale = ct.scale * ct.scale
-        return self._noisy(ct.slots**2, ct.level, scale, noise.keyswitch(self._parameters, ct.level))
+        return self.product(ct, ct)
+
+    def product(self, a: ClearCiphertext, b: ClearCiphertext) -> ClearCiphertext:
+        if a.level != b.level:
+            raise ContainerError("operands differ in level: the program is inconsistent")
+        switched = noise.keyswitch(self._parameters, a.level)
+        return self._noisy(a.slots * b.slots, a.level, a.scale * b.scale, switched)
+
+    def lower(self, ct: ClearCiphertext, level: int) -> ClearCiphertext:
+        if ct.level < level:
+            raise ContainerError("a ciphertext cannot gain levels: the program is inconsistent")
+        return replace(ct, level=level)
 
 
 def _same(ct: ClearCiphertext, level: int, scale: float) -> None:
@@ -123,14 +136,14 @@ class ClearEvaluator(Evaluator):
     def prepare_keys(self, source: Path, target: Path) -> int:
         for _ in container.read_keys(self.spec, container.read_key_file(self.spec, source)):
             pass
-        return write_atomically(target, [bytes.fromhex(self.spec.program_id)])
+        return write_atomically(target, [bytes.fromhex(self.spec.keys_id)])
 
     def load_keys(self, prepared: Path) -> Keys:
         try:
             program = prepared.read_bytes()
         except OSError as error:
             raise KeysMissing("the evaluation keys are no longer stored here; upload them again") from error
-        if program != bytes.fromhex(self.spec.program_id):
+        if program != bytes.fromhex(self.spec.keys_id):
             raise KeysMissing("the stored evaluation keys belong to another program; upload them again")
         return Keys(None, 0)
 

@@ -21,7 +21,12 @@ _OWN = {"predicted_noise", "predicted_worst_noise", "input_bound", "program_id"}
 def differences(ours: TailSpec, theirs: TailSpec) -> list[str]:
     """Names of the fields in which two tails differ for an edge; empty = compatible."""
     names = (f.name for f in fields(TailSpec) if f.name not in _OWN)
-    return [name for name in names if getattr(ours, name) != getattr(theirs, name)]
+    found = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
+    # The segments of a refreshed tail belong together: one alone takes no other's place.
+    chained = ours.segment is not None or theirs.segment is not None
+    if chained and ours.program_id != theirs.program_id and "segment" not in found:
+        found.append("segment")
+    return found
 
 
 def serving_as(program: Program, spec: TailSpec) -> Program:

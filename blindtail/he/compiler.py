@@ -16,18 +16,25 @@ from dataclasses import replace
 import numpy as np
 
 from blindtail.errors import ConfigError, ModelError
-from blindtail.he import noise, plan, schedule
+from blindtail.he import noise, plan, precision, schedule
+from blindtail.he.assemble import drafted
 from blindtail.he.compatible import differences
 from blindtail.he.container import HEADER_BYTES
-from blindtail.he.layers import Affine, FloatArray, Layer, evaluate_clear, squares_only
+from blindtail.he.elementwise import Op
+from blindtail.he.error_growth import largest_error
+from blindtail.he.layers import Affine, FloatArray, Layer
+from blindtail.he.normal import Normal, normalised
 from blindtail.he.objective import NoPlan, Objective
-from blindtail.he.operations import MapOp, Op, SquareOp, fold, landing_scale
+from blindtail.he.operations import MapOp, Term
 from blindtail.he.packing import packed_bytes
 from blindtail.he.params import MAX_LOG2_Q_128, Parameters
 from blindtail.he.plan import REPLY_PERIOD
 from blindtail.he.program import Program, finish
-from blindtail.he.scales import HEADROOM, Stats, choose_scales, propagate
+from blindtail.he.propagation import propagate
+from blindtail.he.scales import HEADROOM, choose_scales, with_scales
 from blindtail.he.schedule import KeysTooLarge, Step
+from blindtail.he.slotmaps import TooWide
+from blindtail.he.sparse import Sparse, compact
 from blindtail.he.spec import Layout, ReplyForm, TailSpec
 from blindtail.he.stability import check, enforce
 
@@ -36,7 +43,6 @@ from blindtail.he.stability import check, enforce
 REPLY_PRECISION = 2.0**-15
 #: Two bits fewer are lost where the reply then still fits these bytes (at N = 8192).
 REPLY_BYTES, FINER_BITS = 26_000, 2
-_SAMPLES = 64
 
 
 def compile_tail(
@@ -63,7 +69,9 @@ def compile_tail(
     key_budget_bytes  most bytes that the evaluation keys' container may have: more keys, less
                  time. Without it 30 MB for N = 8192 (`schedule.default_budget`), or as few as
                  possible where that is too little; of no effect with `like`
-    objective    in place of the budget: what to have little of, and bounds (`blindtail.he.plan`)
+    objective    in place of the budget: what to have little of, and bounds (`blindtail.he.plan`). Where it
+                 bounds or weighs uplink, primes may be smaller; a bound on "error" is kept
+                 (`blindtail.he.precision`)
     held_out     other activations, (m, features): with them the stability gate runs first
                  (`blindtail.he.stability`); it warns, and refuses a tail whose values escape
                  unless `allow_unstable`. The program is the same with and without
@@ -72,33 +80,54 @@ def compile_tail(
     layer's name and the way out, `KeysTooLarge` when no choice fits the budget,
     `NoPlan` when none keeps the objective's bounds.
     """
-    maps = squares_only(layers)
-    x = _checked(calibration, maps[0])
+    tail = normalised(layers)
+    x = _checked(calibration, tail.maps[0])
     if held_out is not None:
-        others = _checked(held_out, maps[0], "held-out")
+        others = _checked(held_out, tail.maps[0], "held-out")
         enforce(check(layers, x, others), "the tail", allow_unstable=allow_unstable)
     if like is not None:
         if objective is not None:
             raise ConfigError("devices hold the keys: a tail that takes another's place has no objective")
-        return _checked_like(_compile(maps, x, like.lanes, like.parameters, like), like)
+        return _checked_like(_compile(tail, x, like.lanes, like.parameters, like), like)
     if lanes < 1 or lanes & (lanes - 1):
         raise ModelError(f"lanes must be a power of two, not {lanes}")
-    _check_depth(layers, 2 * len(maps) - 1)
+    _check_depth(tail)
     if objective is not None:
         if key_budget_bytes is not None:
             raise ConfigError("give the budget of keys as a bound of the objective: at_most key_bytes")
+        if precision.wanted(objective):
+            return _precise(tail, x, objective, lanes, ring_degree)
         made = plan.best(layers, objective, lanes=lanes, ring_degree=ring_degree)
         return compile_plan(layers, x, made)
     problem: ModelError | None = None
-    for parameters in plan.rings(2 * len(maps) - 1, ring_degree):
+    for number, parameters in enumerate(plan.rings(tail.depth, ring_degree)):
         try:
-            return _compile(maps, x, lanes, parameters, budget=key_budget_bytes)
+            return _compile(tail, x, lanes, parameters, budget=key_budget_bytes)
         except KeysTooLarge:
             raise  # a larger ring has larger keys
         except ModelError as error:
             problem = error
+            if number and not isinstance(error, TooWide):
+                break
     assert problem is not None
     raise problem
+
+
+def _precise(
+    tail: Normal, x: FloatArray, objective: Objective, lanes: int, ring_degree: int | None
+) -> Program:
+    """The first of `precision.candidates` whose compiled program keeps the bound on the error."""
+    largest, least, off = float(np.abs(tail(x)).max()), math.inf, 1.0
+    for made, estimate in precision.candidates(tail, x, objective, lanes, ring_degree):
+        accepted = precision.bound(objective, made.parameters)
+        if estimate * off > accepted:
+            continue
+        program, deviation = _arranged_with_error(tail, x, made.parameters, made.first, made.steps)
+        error = precision.error(deviation, largest)
+        if error <= accepted:
+            return program
+        least, off = min(least, error), max(off, error / estimate if estimate else 1.0)
+    raise precision.too_coarse(objective, least)
 
 
 def compile_plan(layers: Sequence[Layer], calibration: FloatArray, chosen: plan.Plan) -> Program:
@@ -106,24 +135,28 @@ def compile_plan(layers: Sequence[Layer], calibration: FloatArray, chosen: plan.
 
     Raises `ModelError` when the plan is not for layers of these sizes.
     """
-    maps = squares_only(layers)
-    x = _checked(calibration, maps[0])
+    tail = normalised(layers)
+    x = _checked(calibration, tail.maps[0])
     sizes = [step.arrangement.out_layout.size for step in chosen.steps]
-    if chosen.first.size != x.shape[1] or sizes != [step.weight.shape[0] for step in maps]:
+    if chosen.first.size != x.shape[1] or sizes != [len(step.bias) for step in tail.maps]:
         raise ModelError("this plan was made for layers of other sizes: plan again")
-    return _arranged(maps, x, chosen.parameters, chosen.first, chosen.steps)
+    return _arranged(tail, x, chosen.parameters, chosen.first, chosen.steps)
 
 
-def _check_depth(layers: Sequence[Layer], levels: int) -> None:
-    """Raises `ModelError` naming the activation to cut after, where no ring holds so many levels."""
+def check_depth(layers: Sequence[Layer]) -> None:
+    """Raises `ModelError` naming the activation to cut after, where no ring holds the levels of these."""
+    _check_depth(normalised(layers))
+
+
+def _check_depth(tail: Normal) -> None:
     most = max(MAX_LOG2_Q_128[n] for n in MAX_LOG2_Q_128) // 30 - 2
-    squares = [layer.name for layer in layers if not isinstance(layer, Affine)]
-    if levels > most:
-        first = squares[-((most - 1) // 2) - 1]
+    if tail.depth > most:
+        depths = tail.depths[1][1:]
+        left = [a.name for a, at in zip(tail.activations, depths, strict=True) if tail.depth - at <= most]
         raise ModelError(
-            f"{first}: with the {len(squares)} squares of this tail it consumes {levels} levels, and the "
-            f"largest ring holds {most} at 128 bits: cut the network later (after {first}), or use fewer "
-            "squares"
+            f"tail layer {left[0]}: with the {len(tail.activations)} activations of this tail it consumes "
+            f"{tail.depth} levels, and the largest ring holds {most} at 128 bits: cut the network later "
+            f"(after {left[0]}), or use fewer activations, or of lower degree"
         )
 
 
@@ -150,24 +183,24 @@ def _checked_like(program: Program, like: TailSpec) -> Program:
 
 
 def _compile(
-    maps: Sequence[Affine],
+    tail: Normal,
     x: FloatArray,
     lanes: int,
     parameters: Parameters,
     like: TailSpec | None = None,
     budget: int | None = None,
 ) -> Program:
-    if like is not None and parameters.max_level != 2 * len(maps) - 1:
+    if like is not None and parameters.max_level != tail.depth:
         raise ModelError(
-            f"the tail consumes {2 * len(maps) - 1} levels, the one that devices hold "
+            f"the tail consumes {tail.depth} levels, the one that devices hold "
             f"{parameters.max_level}: keep the number of its layers, or hand out a new edge.bt"
         )
-    first, steps = _schedule(maps, lanes, parameters, like, budget)
-    return _arranged(maps, x, parameters, first, steps, like)
+    first, steps = _schedule(tail, lanes, parameters, like, budget)
+    return _arranged(tail, x, parameters, first, steps, like)
 
 
 def _arranged(
-    maps: Sequence[Affine],
+    tail: Normal,
     x: FloatArray,
     parameters: Parameters,
     first: Layout,
@@ -175,19 +208,34 @@ def _arranged(
     like: TailSpec | None = None,
 ) -> Program:
     """The program of a choice that is made: scales, operations, the form of the reply."""
-    lanes = first.lanes
-    stats = _statistics(maps, steps, first, x)
-    scales = choose_scales(maps, stats, parameters, like)
-    ops = _build(maps, steps, first, scales, parameters, like)
-    left = propagate(stats, scales, parameters)
+    return _arranged_with_error(tail, x, parameters, first, steps, like)[0]
+
+
+def _arranged_with_error(
+    tail: Normal,
+    x: FloatArray,
+    parameters: Parameters,
+    first: Layout,
+    steps: Sequence[Step],
+    like: TailSpec | None = None,
+) -> tuple[Program, float]:
+    """And the standard deviation of a logit on `native`, in the noisiest slot."""
+    lanes, arranged = first.lanes, [step.arrangement for step in steps]
+    scattered = arranged[-1].scattered
+    draft = drafted(tail, _maps(tail, steps, first), arranged, first, parameters.max_level, x)
+    scales = choose_scales(draft, parameters, like, scattered)
+    ops = with_scales(draft, scales, parameters, like is not None)
+    every = draft.scales(scales, parameters)
+    left = propagate(ops, draft.stats, every, parameters)
+    largest = draft.stats[-1].max_out
     last = steps[-1].arrangement.period
     period = last * lanes
     # Of a reply's noise, only that of the 2 * period coefficients that are read remains.
-    dropped = _dropped_bits(parameters, period, left.typical, stats[-1].max_out * scales[-1])
+    dropped = 0 if scattered else _dropped_bits(parameters, period, left.typical, largest * scales[-1])
     if like is not None:
         dropped = like.reply.c1_dropped_bits
     cut = period * noise.truncated(parameters, dropped)
-    draft = TailSpec(
+    spec = TailSpec(
         parameters=parameters,
         input_layout=first,
         input_level=parameters.max_level,
@@ -195,23 +243,44 @@ def _arranged(
         keys=(),
         output_layout=steps[-1].arrangement.out_layout,
         reply=ReplyForm(period, dropped, ops[-1].out_scale),
-        predicted_noise=math.sqrt(left.typical + cut) / scales[-1],
-        predicted_worst_noise=math.sqrt(left.worst + cut) / scales[-1],
+        predicted_noise=math.sqrt(left.typical) / scales[-1],
+        predicted_worst_noise=math.sqrt(left.worst) / scales[-1],
         input_bound=float(np.abs(x).max()),
         program_id="0" * 64,
     )
-    return Program(finish(ops, draft), ops)
+    spec = _with_noise(spec, ops, x, math.sqrt(cut) / scales[-1])
+    own = propagate(ops, draft.stats, every, parameters, hoisted=True)
+    return Program(finish(ops, spec), ops), math.sqrt(own.worst + cut) / scales[-1]
+
+
+def _with_noise(draft: TailSpec, ops: tuple[Op, ...], x: FloatArray, of_reply: float) -> TailSpec:
+    """Noise of the noisiest logit in the place of the average that scales were chosen by.
+
+    of_reply  standard deviation of what the reply's lost bits add, in logits
+    """
+    average, worst = draft.predicted_noise, draft.predicted_worst_noise
+    program = Program(draft, ops)
+    largest = largest_error(program, x)
+    if program.is_chain:  # elsewhere the average counts noise as shared that is not
+        largest = max(largest, average)
+    # What hits one slot alone is amplified on its way as all the rest is.
+    peak = largest * worst / average
+    return replace(
+        draft,
+        predicted_noise=math.hypot(largest, of_reply),
+        predicted_worst_noise=math.hypot(peak, of_reply),
+    )
 
 
 def _schedule(
-    maps: Sequence[Affine], lanes: int, parameters: Parameters, like: TailSpec | None, budget: int | None
+    tail: Normal, lanes: int, parameters: Parameters, like: TailSpec | None, budget: int | None
 ) -> tuple[Layout, list[Step]]:
-    firsts, last = plan.ways_in(maps, parameters, lanes)
+    firsts, last = plan.ways_in(tail, parameters, lanes)
     if like is None:
-        return schedule.choose(maps, firsts, parameters, last, budget=budget)
+        return schedule.choose(tail, firsts, parameters, last, budget=budget)
     # Zeros among the new weights may offer another layout: devices keep theirs.
     firsts = [way for way in firsts if way[0] == like.input_layout] or firsts
-    return schedule.choose(maps, firsts, parameters, last, held=like.keys)
+    return schedule.choose(tail, firsts, parameters, last, held=like.keys)
 
 
 def _dropped_bits(parameters: Parameters, period: int, noise_variance: float, largest: float) -> int:
@@ -234,90 +303,38 @@ def _dropped_bits(parameters: Parameters, period: int, noise_variance: float, la
     return min(fits, default=most)
 
 
-def _statistics(
-    maps: Sequence[Affine],
-    steps: Sequence[Step],
-    first: Layout,
-    x: FloatArray,
-) -> list[Stats]:
-    found: list[Stats] = []
-    values = x
-    layout = first
-    pick = x[:: max(1, len(x) // _SAMPLES)][:_SAMPLES]
-    slots = np.stack([one_lane(layout).place(row) for row in pick])  # (samples, positions)
-    for index, (step, how) in enumerate(zip(maps, steps, strict=True)):
-        op = _map_op(step, how, layout, 0, 2.0, 2.0)
-        diagonals = op.diagonals
-        out = np.zeros_like(slots)
-        for k, multipliers in diagonals.items():
-            out += multipliers * np.roll(slots, -k, axis=1)
-        out = fold(out, op.folds).real + op.bias_slots()
-        values = step(values)
-        used = {divmod(k, op.baby) for k in diagonals}
+def _maps(tail: Normal, steps: Sequence[Step], first: Layout) -> list[MapOp]:
+    """Each map with its layouts, not at its level yet, nor with its scales."""
+    layouts = [first, *(how.arrangement.out_layout for how in steps)]
+    found = []
+    for index, (step, how) in enumerate(zip(tail.maps, steps, strict=True)):
+        made = how.arrangement
+        (value, weight), *others = [(at, compact(w)) for at, w in tail.sources(index)]
+        # A convolution's, for planning again; dense maps have no use for them.
+        told = isinstance(weight, Sparse) or made.kind == "grid"
         found.append(
-            Stats(
-                rms_in=float(np.sqrt((np.abs(slots) ** 2).mean())),
-                power=float(sum((np.abs(m) ** 2).mean() for m in diagonals.values())),
-                weight_power=float((step.weight**2).mean()),
-                products=len(used),
-                baby_turns=len({b for _, b in used if b}),
-                giant_turns=max((g for g, _ in used), default=0),
-                folds=tuple((len(group), min(group) < 0) for group in op.folds),
-                copies=len(layout.content) // how.arrangement.period,
-                max_out=max(float(np.abs(values).max()), float(np.abs(out).max())),
-                rms_out=float(np.sqrt((out**2).mean())),
+            MapOp(
+                name=step.name,
+                level=0,
+                weight=weight,
+                bias=step.bias,
+                in_layout=layouts[value],
+                out_layout=made.out_layout,
+                rows=made.rows,
+                offsets=made.offsets,
+                stride=made.stride,
+                baby=how.baby,
+                folds=how.folds,
+                in_scale=2.0,
+                out_scale=2.0,
+                others=tuple(
+                    Term(1, other, layouts[at], offsets[-1] + 1, 1, 2.0)
+                    for (at, other), offsets in zip(others, made.more, strict=True)
+                ),
+                shapes=step.shapes if told and value == index else None,
             )
         )
-        slots, layout = out, op.out_layout
-        if index < len(maps) - 1:
-            slots, values = slots**2, values**2
     return found
-
-
-def one_lane(layout: Layout) -> Layout:
-    """The same layout for one lane: positions stand for slots."""
-    return replace(layout, lanes=1)
-
-
-def _map_op(step: Affine, how: Step, layout: Layout, level: int, in_scale: float, out_scale: float) -> MapOp:
-    return MapOp(
-        name=step.name,
-        level=level,
-        weight=step.weight,
-        bias=step.bias,
-        in_layout=layout,
-        out_layout=how.arrangement.out_layout,
-        rows=how.arrangement.rows,
-        offsets=how.arrangement.offsets,
-        stride=how.arrangement.stride,
-        baby=how.baby,
-        folds=how.folds,
-        in_scale=in_scale,
-        out_scale=out_scale,
-    )
-
-
-def _build(
-    maps: Sequence[Affine],
-    steps: Sequence[Step],
-    first: Layout,
-    scales: Sequence[float],
-    parameters: Parameters,
-    like: TailSpec | None = None,
-) -> tuple[Op, ...]:
-    ops: list[Op] = []
-    layout, scale, level = first, scales[0], parameters.max_level
-    for index, (step, how, target) in enumerate(zip(maps, steps, scales[1:], strict=True)):
-        landed = landing_scale(scale, target, parameters.primes[level])
-        if like is not None and index == len(maps) - 1:
-            landed = like.reply.scale
-        ops.append(_map_op(step, how, layout, level, scale, landed))
-        layout, scale, level = how.arrangement.out_layout, landed, level - 1
-        if index < len(maps) - 1:
-            squared = scale * scale / parameters.primes[level]
-            ops.append(SquareOp(f"square{index}", level, layout, scale, squared))
-            scale, level = squared, level - 1
-    return tuple(ops)
 
 
 __all__ = [
@@ -326,7 +343,7 @@ __all__ = [
     "KeysTooLarge",
     "NoPlan",
     "Objective",
+    "check_depth",
     "compile_plan",
     "compile_tail",
-    "evaluate_clear",
 ]

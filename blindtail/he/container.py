@@ -123,7 +123,10 @@ def _open(
         got = _KIND_NAMES.get(its_kind, "something unknown")
         raise ContainerError(f"expected {what}, got {got}")
     if program != bytes.fromhex(program_id):
-        raise ContainerError(f"{what}: made for another program; use the edge.bt and cloud.bt of one version")
+        raise ContainerError(
+            f"{what}: made for another program (or another segment of a tail); "
+            "use the edge.bt and cloud.bt of one version"
+        )
     if (its_level, its_generator) != (level, generator) or struct.pack("<d", its_scale) != struct.pack(
         "<d", scale
     ):
@@ -239,7 +242,7 @@ def write_keys(spec: TailSpec, keys: Iterable[Iterable[Seeded]]) -> bytes:
             parts += [digit.seed, _pack_residues(digit.c0, primes)]
     body = b"".join(parts)
     assert HEADER_BYTES + len(body) == key_bytes(spec)
-    return _seal(KEYS, top, BLAKE2XB, 0.0, spec.program_id, body)
+    return _seal(KEYS, top, BLAKE2XB, 0.0, spec.keys_id, body)
 
 
 def read_key_file(spec: TailSpec, path: Path) -> bytes:
@@ -259,7 +262,7 @@ def one_key_bytes(spec: TailSpec, level: int) -> int:
 def key_body(spec: TailSpec, data: Buffer) -> memoryview:
     """Everything checked but the residues, for a reader that checks those itself."""
     top = max((k.level for k in spec.keys), default=0)
-    return _open(data, KEYS, top, BLAKE2XB, 0.0, spec.program_id, key_bytes(spec) - HEADER_BYTES)
+    return _open(data, KEYS, top, BLAKE2XB, 0.0, spec.keys_id, key_bytes(spec) - HEADER_BYTES)
 
 
 def read_keys(spec: TailSpec, data: Buffer) -> Iterator[tuple[KeyNeed, list[Seeded]]]:

@@ -44,7 +44,8 @@ from typing import TYPE_CHECKING, Literal
 from blindtail.errors import ModelError
 
 if TYPE_CHECKING:
-    from blindtail.he.operations import MapOp, Op
+    from blindtail.he.elementwise import Op
+    from blindtail.he.operations import MapOp
 
 #: A whole evaluation; with a ticket; making one.
 Part = Literal["total", "online", "ticket"]
@@ -91,12 +92,20 @@ BARE = replace(REFERENCE["native"], turn_s=0.6e-6, copy_s=0.4e-6)
 
 
 def count(op: Op, backend: str = "seal") -> Counts:
-    """Counts of one map or square on a backend."""
+    """Counts of one operation on a backend."""
+    from blindtail.he.elementwise import ScaleOp, SumOp
     from blindtail.he.operations import MapOp
 
-    if not isinstance(op, MapOp):
-        return square(op.level, backend)
-    return affine(op.level, *_shape(op), backend)
+    if isinstance(op, MapOp):
+        counts = affine(op.level, *_shape(op), backend)
+        # Further operands have digits of their own.
+        more = sum(1 for i in range(1, len(op.terms)) if any(t == i and b for t, _, b in op.used))
+        return replace(counts, transforms=counts.transforms + more * (op.level + 1) * (op.level + 2))
+    if isinstance(op, ScaleOp):
+        return affine(op.level, 0, 0, len(op.backs), (), backend)
+    if isinstance(op, SumOp):
+        return Counts(0, 0, 0, 0, 0, 0, 2 * (op.level + 1))
+    return square(op.level, backend)
 
 
 def count_part(ops: Sequence[Op], part: Part) -> list[Counts]:
@@ -121,10 +130,10 @@ def count_part(ops: Sequence[Op], part: Part) -> list[Counts]:
 
 def _shape(op: MapOp) -> tuple[int, int, int, list[int]]:
     """Baby steps and giant steps that are rotations, products, sizes of fold groups."""
-    steps = {divmod(offset, op.baby) for offset in op.diagonals}
-    babies = len({b for _, b in steps if b})
-    giants = max((g for g, _ in steps), default=0)
-    return babies, giants, len(steps), [len(group) for group in op.folds]
+    used = op.used
+    babies = len({(term, b) for term, _, b in used if b})
+    giants = max((g for _, g, _ in used), default=0)
+    return babies, giants, len(used), [len(group) for group in op.folds]
 
 
 def affine(

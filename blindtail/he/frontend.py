@@ -1,10 +1,11 @@
-"""From a trained PyTorch tail to affine maps and quadratics.
+"""From a trained PyTorch tail to affine maps and polynomials.
 
 A tail is traced with torch.fx and run, in float64, on a basis: row 0 of the
 batch is the zero vector, row i + 1 the i-th unit vector of the last
 activation's output (or of the tail's input). Whatever chain of linear layers
 follows, its dense matrix is f(e_i) - f(0) and its bias f(0). An activation ends
-one map and starts the next basis.
+one map and starts the next basis. A wide basis runs in parts, whose columns go into
+a sparse matrix where most of them are zero, as a convolution's are.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import inspect
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,98 +23,37 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from blindtail.errors import ModelError
-from blindtail.he.layers import Affine, Layer
+from blindtail.he.bases import Batch, Folder, Value, applied, bare, layers_of, valued
+from blindtail.he.layers import FloatArray, Layer, outputs
+from blindtail.he.layers import Polynomial as Folded
 from blindtail.he.layers import Quadratic as FoldedQuadratic
 from blindtail.models.batches import trace_twice
-from blindtail.models.layers import Quadratic, Square
+from blindtail.models.layers import Polynomial, Quadratic, Square
 from blindtail.models.operations import (
     Effect,
-    Live,
     lives,
     moves_only,
     name_of,
     nothing_follows,
+    power,
     rule_call,
     rule_module,
 )
 from blindtail.models.tracing import Untraceable, first_line, unwrapped
 
-#: Most values an activation may have: folding runs one image for each, in float64.
-MAX_WIDTH = 8192
-
-
-class _Value(Live):
-    """A traced tensor: images of the basis of `segment`, shape (1 + width, ...)."""
-
-    def __init__(self, segment: int, data: Tensor) -> None:
-        super().__init__(tuple(data.shape))
-        self.segment, self.data = segment, data
-
-
-class _Batch(int):
-    """The number of images in a basis, times `each`: another one in the next segment."""
-
-    each: int = 1
-
-    def __mul__(self, other: Any) -> Any:
-        product = _Batch(int(self) * int(other))
-        product.each = self.each * int(other)
-        return product
-
-    __rmul__ = __mul__
-
-
-@dataclass
-class _Folder:
-    """Runs a traced tail on bases and collects what it finds."""
-
-    layers: list[Layer] = field(default_factory=list)
-    segment: int = 0
-    parts: list[str] = field(default_factory=list)  # names of linear layers since the last activation
-    images: int = 0  # of the newest basis
-
-    def basis(self, shape: tuple[int, ...], where: str) -> _Value:
-        width = math.prod(shape)
-        if not 1 <= width <= MAX_WIDTH:
-            raise ModelError(
-                f"tail layer {where}: takes {width} values, a tail may hold 1 to {MAX_WIDTH}: "
-                "cut the network later, or pool before the cut"
-            )
-        rows = torch.zeros(width + 1, width, dtype=torch.float64)
-        rows[1:] = torch.eye(width, dtype=torch.float64)
-        self.images = width + 1
-        return _Value(self.segment, rows.view(width + 1, *shape))
-
-    def close(self, value: _Value, where: str) -> None:
-        """Everything linear up to `value` becomes one dense affine map."""
-        flat = value.data.reshape(len(value.data), -1)
-        bias = flat[0]
-        weight = (flat[1:] - bias).T
-        self.layers.append(Affine(weight.numpy().copy(), bias.numpy().copy(), "+".join(self.parts) or where))
-        self.parts = []
-
-    def activate(self, value: _Value, a: Tensor, b: Tensor, c: Tensor, name: str) -> _Value:
-        """End the map at `value`; a, b, c broadcast against one image's shape."""
-        self.close(value, f"before {name}")
-        shape = tuple(value.data.shape[1:])
-        full = [np.ascontiguousarray(v.double().expand(shape).reshape(-1).numpy()) for v in (a, b, c)]
-        self.layers.append(FoldedQuadratic(full[0], full[1], full[2], name))
-        self.segment += 1
-        return self.basis(shape, name)
-
 
 def fold_tail(tail: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
-    """Fold a tail into [Affine, Quadratic, Affine, ..., Affine], all float64.
+    """Fold a tail into [Affine, Quadratic or Polynomial, Affine, ..., Affine], all float64.
 
     tail         gives logits (B, classes) for activations (B, *input_shape);
                  used in evaluation mode, left unchanged
     input_shape  of one image's activation at the cut; its elements are numbered
                  in (C, H, W) order
 
-    Linear layers between two activations become one dense map; `Square` is the
-    quadratic (1, 0, 0). The result is checked against the tail itself. Raises
+    Linear layers between two activations become one map, kept sparse where that is
+    much smaller; `Square` is the quadratic (1, 0, 0). The result is checked against the tail itself. Raises
     `ModelError` naming the layer, and what to write instead, when a layer is
-    neither linear nor quadratic, or when the tail branches around an activation.
+    neither linear nor polynomial. Connections that skip activations become `Affine.skips`.
     """
     tail = unwrapped(tail)
     for path, tensor in tail.state_dict().items():
@@ -124,18 +63,19 @@ def fold_tail(tail: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
             raise ModelError(
                 f"tail layer {path}: holds NaN or infinite weights; train or load the model again"
             )
-    if isinstance(tail, Square | Quadratic) or _is_leaf(tail):
+    if isinstance(tail, Square | Quadratic | Polynomial) or _is_leaf(tail):
         tail = nn.Sequential(tail)
-    folder, shape = _Folder(), tuple(input_shape)
-    start = folder.basis(shape, "input")
+    shape, found = tuple(input_shape), list[Folder]()
+    Folder().basis(shape, "input")
     with torch.no_grad():
         exact, graph, own_floats = _traced(tail, shape)
-        out = _run(exact, graph, folder, start)
-        if out.segment != folder.segment:
-            raise ModelError("the tail's output goes around its last activation: remove the skip connection")
-        folder.close(out, "output")
-        _check_against(copy.deepcopy(tail).eval(), folder.layers, shape, own_floats)
-    return folder.layers
+        while not found or len(found) < found[0].parts:
+            folder = Folder(len(found))
+            folder.close(_run(exact, graph, folder, folder.basis(shape, "input")), "output")
+            found.append(folder)
+        layers = layers_of(found)
+        _check_against(copy.deepcopy(tail).eval(), layers, shape, own_floats)
+    return layers
 
 
 def _traced(tail: nn.Module, input_shape: tuple[int, ...]) -> tuple[nn.Module, fx.Graph, bool]:
@@ -151,7 +91,7 @@ def _traced(tail: nn.Module, input_shape: tuple[int, ...]) -> tuple[nn.Module, f
     return coarse.double(), graph, True
 
 
-def _run(tail: nn.Module, graph: fx.Graph, folder: _Folder, start: _Value) -> _Value:
+def _run(tail: nn.Module, graph: fx.Graph, folder: Folder, start: Value) -> Value:
     env: dict[str, Any] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -162,7 +102,7 @@ def _run(tail: nn.Module, graph: fx.Graph, folder: _Folder, start: _Value) -> _V
         where = _where(node)
         try:
             if node.op == "output":
-                if not isinstance(args[0], _Value):
+                if not isinstance(args[0], Value):
                     raise ModelError("a tail gives one tensor of logits: return that alone")
                 return args[0]
             env[node.name] = _step(tail, folder, node, args, kwargs, where)
@@ -226,7 +166,7 @@ def _where(node: fx.Node) -> str:
 
 def _step(
     tail: nn.Module,
-    folder: _Folder,
+    folder: Folder,
     node: fx.Node,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -250,40 +190,41 @@ def _step(
         )
     if ruling.effect is Effect.SQUARE:
         value = (*lives(args), *lives(kwargs))[0]
-        assert isinstance(value, _Value)
-        return _square(folder, value, module, where)
-    operands = [v for v in (*lives(args), *lives(kwargs)) if isinstance(v, _Value)]
-    if ruling.effect is Effect.LINEAR and len({v.segment for v in operands}) > 1:
-        raise ModelError(
-            f"tail layer {where}: joins values from before and after an activation; this release has no "
-            "skip connection around Square or Quadratic: remove it and train again, or cut after it"
-        )
+        assert isinstance(value, Value)
+        return folder.activate(value, _activation(value, module, power(name_of(node), args, kwargs), where))
+    operands = [v for v in (*lives(args), *lives(kwargs)) if isinstance(v, Value)]
     if ruling.effect is Effect.SHAPE:
-        return _counted(_call(node, module, _bare(args), _bare(kwargs)), operands, _asked(node, args))
-    images = len(operands[0].data) if operands else folder.images
-    if not operands and node.target in (operator.getitem, operator.mul):
-        images = 0  # a batch out of a shape stays one: the next segment has another
-    result = _call(node, module, _bare(args, images), _bare(kwargs, images))
+        return _counted(_call(node, module, bare(args), bare(kwargs)), operands, _asked(node, args))
     if ruling.effect is not Effect.LINEAR:
-        return result
+        images = len(operands[0].data) if operands else folder.images
+        if not operands and node.target in (operator.getitem, operator.mul):
+            images = 0  # a batch out of a shape stays one: the next source has another
+        return _call(node, module, bare(args, images), bare(kwargs, images))
+    result = applied(lambda a, k: _call(node, module, a, k), args, kwargs, operands)
     if module is not None or not moves_only(node, ruling, module):
-        folder.parts.append(str(node.target) if module is not None else node.name)
-    return _wrapped(result, operands[0], where)
+        folder.names.append(str(node.target) if module is not None else node.name)
+    return valued(result, operands, where, moves_only(node, ruling, module))
 
 
-def _square(folder: _Folder, value: _Value, module: nn.Module | None, where: str) -> _Value:
-    if value.segment != folder.segment:
-        raise ModelError(
-            f"tail layer {where}: is a second activation beside another one, on values from before it; "
-            "this release takes one after the other: join both branches (torch.cat) and square once, "
-            "or remove the skip connection"
-        )
+def _activation(value: Value, module: nn.Module | None, degree: int, where: str) -> FoldedQuadratic | Folded:
+    """By element of one image: a square, a quadratic, a polynomial, or a power."""
+    image = tuple(value.data.shape[1:])
+
+    def spread(c: Tensor, channels: int | None) -> FloatArray:
+        shape = () if channels is None else (channels,) + (1,) * (len(image) - 1)
+        whole = c.detach().double().view(shape).expand(image)
+        return np.ascontiguousarray(whole.reshape(-1).numpy())
+
+    if isinstance(module, Polynomial):
+        rows = [spread(c, module.channels) for c in module.coefficients]
+        return Folded(np.stack(rows), where)
     if isinstance(module, Quadratic):
-        shape = () if module.channels is None else (module.channels,) + (1,) * (value.data.dim() - 2)
-        a, b, c = (v.detach().view(shape) for v in (module.a, module.b, module.c))
-        return folder.activate(value, a, b, c, where)
-    one, zero = torch.ones(()), torch.zeros(())
-    return folder.activate(value, one, zero, zero, where)
+        a, b, c = (spread(v, module.channels) for v in (module.a, module.b, module.c))
+        return FoldedQuadratic(a, b, c, where)
+    one = np.ones(math.prod(image))
+    if degree > 2:
+        return Folded(np.stack([0 * one] * degree + [one]), where)
+    return FoldedQuadratic(one, 0 * one, 0 * one, where)
 
 
 def _call(node: fx.Node, module: nn.Module | None, args: Any, kwargs: Any) -> Any:
@@ -302,38 +243,17 @@ def _call(node: fx.Node, module: nn.Module | None, args: Any, kwargs: Any) -> An
     return function(*args, **kwargs)
 
 
-def _bare(value: Any, images: int = 0) -> Any:
-    """Arguments with tensors in the place of traced values, and `images` as the number of images."""
-    if isinstance(value, _Value):
-        return value.data
-    if isinstance(value, _Batch) and images:
-        return images * value.each
-    if isinstance(value, tuple | list):
-        return type(value)(_bare(v, images) for v in value)
-    if isinstance(value, dict):
-        return {k: _bare(v, images) for k, v in value.items()}
-    return value
-
-
 def _asked(node: fx.Node, args: Sequence[Any]) -> Any:
     """The dimension that `size` is asked for, None for all."""
     return args[1] if str(node.target) == "size" and len(args) > 1 else None
 
 
-def _counted(result: Any, operands: Sequence[_Value], dim: Any) -> Any:
+def _counted(result: Any, operands: Sequence[Value], dim: Any) -> Any:
     """A shape whose first number is a batch."""
     if isinstance(result, torch.Size):
-        return (_Batch(result[0]), *result[1:])
+        return (Batch(result[0]), *result[1:])
     first = bool(operands) and dim is not None and dim in (0, -operands[0].data.dim())
-    return _Batch(result) if first and isinstance(result, int) else result
-
-
-def _wrapped(result: Any, source: _Value, where: str) -> Any:
-    if isinstance(result, tuple | list):
-        return tuple(_wrapped(r, source, where) for r in result)
-    if result.dim() < 1 or result.shape[0] != len(source.data):
-        raise ModelError(f"tail layer {where}: must keep the batch as dimension 0 (use flatten(1))")
-    return _Value(source.segment, result)
+    return Batch(result) if first and isinstance(result, int) else result
 
 
 def _attribute(tail: nn.Module, path: str) -> Any:
@@ -358,8 +278,7 @@ def _check_against(
         x = x / 16  # many squares in a row leave the range of numbers
         wanted = tail(x).numpy().reshape(len(x), -1)
     got = x.double().numpy().reshape(len(x), -1)
-    for layer in layers:
-        got = layer(got)
+    got = outputs(layers, got)[-1]
     scale = max(1.0, float(np.abs(wanted).max()))
     if wanted.shape != got.shape or not np.allclose(
         got, wanted, rtol=0.0, atol=(1e-3 if own_floats else 1e-8) * scale

@@ -1,22 +1,26 @@
-"""The two kinds of step an encrypted tail is made of: affine maps and quadratics.
+"""What an encrypted tail is made of: affine maps and polynomials.
 
-Adjacent linear layers fold into one affine map before they get here. A
-quadratic a x^2 + b x + c is rewritten as a (x + b/2a)^2 + (c - b^2/4a): the
-shift joins the map before it, a and the constant the map after it, so that the
-ciphertext only ever sees affine maps and plain squares.
+Adjacent linear layers fold into one affine map before they get here. Values are
+numbered: the tail's input is 0, each activation's output the next. A map reads the
+newest one and, where connections skip activations, older ones too.
+`blindtail.he.normal` brings layers to the form that is compiled.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blindtail.errors import ModelError
+from blindtail.he.sparse import Sparse, Weight, entries
 
 FloatArray = NDArray[np.float64]
+#: Of one image's activation before a map and after it, (C, H, W) or (n,).
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
 #: Largest |b / 2a| that a quadratic may have: beyond it, the square's output is
 #: dominated by a constant that the next map must cancel, and precision goes.
@@ -24,25 +28,60 @@ MAX_SHIFT = 16.0
 
 
 @dataclass(frozen=True)
-class Affine:
-    """y = weight @ x + bias; weight (out, in) and bias (out,), both float64."""
+class Skip:
+    """What a map adds besides: weight @ an older value, weight (out, size of that value).
 
-    weight: FloatArray
+    back  how many values before the newest; 1 or more
+    """
+
+    back: int
+    weight: Weight
+
+
+@dataclass(frozen=True)
+class Affine:
+    """y = weight @ x + bias; weight (out, in) and bias (out,), both float64.
+
+    shapes  of one image before and after, where they are known: convolutions are laid out by them
+    skips   further values that are read; each at most once
+    """
+
+    weight: Weight
     bias: FloatArray
     name: str = "affine"
+    shapes: Shapes | None = None
+    skips: tuple[Skip, ...] = ()
 
     def __post_init__(self) -> None:
-        w, b = np.asarray(self.weight, np.float64), np.asarray(self.bias, np.float64)
-        if w.ndim != 2 or b.shape != (w.shape[0],):
+        w = self.weight if isinstance(self.weight, Sparse) else np.asarray(self.weight, np.float64)
+        b = np.asarray(self.bias, np.float64)
+        if len(w.shape) != 2 or b.shape != (w.shape[0],):
             raise ModelError(f"{self.name}: an affine map needs weight (out, in) and bias (out,)")
-        if not (np.isfinite(w).all() and np.isfinite(b).all()):
+        if self.shapes and tuple(map(math.prod, self.shapes)) != w.shape[::-1]:
+            raise ModelError(f"{self.name}: a weight {w.shape} is not for activations {self.shapes}")
+        if not (np.isfinite(entries(w)).all() and np.isfinite(b).all()):
             raise ModelError(f"{self.name}: weights hold NaN or infinity; train or load the model again")
+        for skip in self.skips:
+            if skip.back < 1 or len(skip.weight.shape) != 2 or skip.weight.shape[0] != len(b):
+                raise ModelError(f"{self.name}: a skip connection needs an older value and weight (out, in)")
+            if not np.isfinite(entries(skip.weight)).all():
+                raise ModelError(f"{self.name}: weights hold NaN or infinity; train or load the model again")
+        if len({skip.back for skip in self.skips}) != len(self.skips):
+            raise ModelError(f"{self.name}: reads one value twice; add the weights up")
         object.__setattr__(self, "weight", w)
         object.__setattr__(self, "bias", b)
 
-    def __call__(self, x: FloatArray) -> FloatArray:
-        """(n, in) -> (n, out)."""
-        return x @ self.weight.T + self.bias
+    def times(self, factor: float) -> Affine:
+        """The map with all that it gives multiplied."""
+        skips = tuple(Skip(skip.back, skip.weight * factor) for skip in self.skips)
+        return replace(self, weight=self.weight * factor, bias=self.bias * factor, skips=skips)
+
+    def __call__(self, x: FloatArray, older: Sequence[FloatArray] = ()) -> FloatArray:
+        """(n, in) -> (n, out). older: the values before, oldest first, where there are skips."""
+        y = x @ self.weight.T + self.bias
+        for skip in self.skips:
+            y = y + older[len(older) - skip.back] @ skip.weight.T
+        return y
 
 
 @dataclass(frozen=True)
@@ -68,58 +107,52 @@ class Quadratic:
         return self.a * x * x + self.b * x + self.c
 
 
-Layer = Affine | Quadratic
+@dataclass(frozen=True)
+class Polynomial:
+    """y = c_0 + c_1 x + ... + c_d x^d per element; coefficients (d + 1, n), float64, d >= 1."""
+
+    coefficients: FloatArray
+    name: str = "polynomial"
+
+    def __post_init__(self) -> None:
+        c = np.asarray(self.coefficients, np.float64)
+        if c.ndim != 2 or len(c) < 2:
+            raise ModelError(f"{self.name}: a polynomial needs coefficients (degree + 1, n), degree >= 1")
+        if not np.isfinite(c).all():
+            raise ModelError(f"{self.name}: coefficients hold NaN or infinity; train or load the model again")
+        object.__setattr__(self, "coefficients", c)
+
+    def __call__(self, x: FloatArray) -> FloatArray:
+        """(n, features) -> (n, features), by Horner's rule."""
+        y = np.broadcast_to(self.coefficients[-1], x.shape)
+        for c in self.coefficients[-2::-1]:
+            y = y * x + c
+        return y
 
 
-def squares_only(layers: Sequence[Layer]) -> list[Affine]:
-    """Rewrite [map, quadratic, map, ...] so that plain squares stand between the maps.
+Layer = Affine | Quadratic | Polynomial
 
-    Returns the affine maps; a square lies between each two. Raises `ModelError`
-    when the sequence does not alternate and start and end with a map, when
-    shapes do not chain, when a = 0, or when |b / 2a| > `MAX_SHIFT`.
-    """
-    if not layers or not isinstance(layers[0], Affine) or not isinstance(layers[-1], Affine):
-        raise ModelError("a tail must start and end with a linear layer")
-    maps: list[Affine] = []
-    scale: FloatArray | None = None  # of the square that feeds the next map
-    shift: FloatArray | None = None
-    width = layers[0].weight.shape[1]
-    for position, layer in enumerate(layers):
-        if isinstance(layer, Affine) != (position % 2 == 0):
-            raise ModelError(f"{layer.name}: maps and activations must alternate; fold linear layers first")
+
+def outputs(layers: Sequence[Layer], x: FloatArray) -> list[FloatArray]:
+    """What each layer gives, in float64: (n, in) -> (n, ...) each."""
+    values, found = [x], list[FloatArray]()
+    for layer in layers:
         if isinstance(layer, Affine):
-            if layer.weight.shape[1] != width:
-                raise ModelError(f"{layer.name}: takes {layer.weight.shape[1]} values but gets {width}")
-            weight, bias = layer.weight, layer.bias
-            if scale is not None and shift is not None:
-                bias = bias + weight @ shift
-                weight = weight * scale
-            maps.append(Affine(weight, bias, layer.name))
-            width = layer.weight.shape[0]
-            continue
-        if layer.a.shape != (width,):
-            raise ModelError(f"{layer.name}: has {layer.a.shape[0]} coefficients but gets {width} values")
-        if (layer.a == 0).any():
-            raise ModelError(
-                f"{layer.name}: the quadratic coefficient is 0 for some element; "
-                "keep |a| away from 0 in training, or drop the activation"
-            )
-        centre = layer.b / (2 * layer.a)
-        if np.abs(centre).max() > MAX_SHIFT:
-            raise ModelError(
-                f"{layer.name}: |b / 2a| reaches {np.abs(centre).max():.1f}, above {MAX_SHIFT:g}; "
-                "penalise it in training (blindtail.train does)"
-            )
-        before = maps[-1]
-        maps[-1] = Affine(before.weight, before.bias + centre, before.name)
-        scale, shift = layer.a, layer.c - layer.a * centre**2
-    return maps
+            found.append(layer(values[-1], values[:-1]))
+        else:
+            found.append(layer(found[-1]))
+            values.append(found[-1])
+    return found
 
 
-def evaluate_clear(maps: Sequence[Affine], x: FloatArray) -> FloatArray:
-    """Maps with squares between them, in float64: (n, in) -> (n, out)."""
-    for index, step in enumerate(maps):
-        x = step(x)
-        if index < len(maps) - 1:
-            x = x * x
-    return x
+__all__ = [
+    "MAX_SHIFT",
+    "Affine",
+    "FloatArray",
+    "Layer",
+    "Polynomial",
+    "Quadratic",
+    "Shapes",
+    "Skip",
+    "outputs",
+]

@@ -21,7 +21,7 @@ from blindtail.errors import ContainerError, EvaluationFailed, KeysMissing
 from blindtail.he import container, encoded
 from blindtail.he.backends import Evaluator, Keys, Ticket, settle, write_atomically
 from blindtail.he.operations import in_slots
-from blindtail.he.program import MapOp, Program
+from blindtail.he.program import Linear, MapOp, ProductOp, Program, SumOp
 
 _PREPARED = struct.Struct("<8s32sII")
 _MAGIC = b"BLTNKEY1"
@@ -43,6 +43,7 @@ class _Plan(TypedDict):
 
     level: int
     babies: list[int]
+    inputs: list[int]
     giants: list[list[tuple[int, int]]]
     giant: int
     folds: list[list[int]]
@@ -95,18 +96,25 @@ class NativeEvaluator(Evaluator):
         #: Whether weights are in a mapped file, whose memory all evaluators of this node share.
         self.shares_weights = blocks is not None
         left = iter(blocks or ())
-        for op in program.ops:
-            if not isinstance(op, MapOp):
-                self._tail.add_square(op.level)
-            elif blocks is not None:
-                self._tail.add_encoded_map(**self._plan(op), encoded=next(left))
+        for index, op in enumerate(program.ops):
+            sources = [index + 1 - back for back in op.backs]
+            if isinstance(op, Linear):
+                if blocks is not None:
+                    self._tail.add_encoded_map(**self._plan(op), sources=sources, encoded=next(left))
+                else:
+                    self._tail.add_map(**self._plan(op), **self._weights(op), sources=sources)
+            elif isinstance(op, SumOp):
+                constant = None if op.constant is None else np.repeat(op.bias_slots(), spec.lanes)
+                self._tail.add_sum(op.level, sources, constant, op.scale)
+            elif isinstance(op, ProductOp):
+                self._tail.add_product(op.level, sources)
             else:
-                self._tail.add_map(**self._plan(op), **self._weights(op))
+                self._tail.add_square(op.level, sources)
         self._tail.finish(spec.reply.period, spec.reply.c1_dropped_bits)
 
     def _shared(self, folder: Path) -> list[encoded.Block] | None:
-        maps = [op for op in self.program.ops if isinstance(op, MapOp)]
-        sizes = tuple(self._tail.map_bytes(op.level, len(op.diagonals)) for op in maps)
+        maps = [op for op in self.program.ops if isinstance(op, Linear)]
+        sizes = tuple(self._tail.map_bytes(op.level, sum(1 for _ in op.steps())) for op in maps)
         shape = encoded.Shape(self.program.content_id, self.word_bits, sizes)
 
         def encode(index: int, out: encoded.Block) -> None:
@@ -115,29 +123,34 @@ class NativeEvaluator(Evaluator):
 
         return encoded.shared(folder, shape, encode)
 
-    def _plan(self, op: MapOp) -> _Plan:
-        lanes, element = op.in_layout.lanes, self.spec.parameters.turn_element
-        used = [divmod(k, op.baby) for k in op.diagonals]
-        babies = sorted({baby for _, baby in used})
-        giants: list[list[tuple[int, int]]] = [[] for _ in range(max(g for g, _ in used) + 1)]
-        for index, (giant, baby) in enumerate(used):
-            giants[giant].append((babies.index(baby), index))
+    def _plan(self, op: Linear) -> _Plan:
+        lanes, element = self.spec.lanes, self.spec.parameters.turn_element
+        used = op.used if isinstance(op, MapOp) else [(term, 0, 0) for term in range(len(op.backs))]
+        babies = sorted({(term, baby) for term, _, baby in used})
+        giants: list[list[tuple[int, int]]] = [[] for _ in range(max(g for _, g, _ in used) + 1)]
+        for index, (term, giant, baby) in enumerate(used):
+            giants[giant].append((babies.index((term, baby)), index))
+        groups = op.folds if isinstance(op, MapOp) else ()
         return {
             "level": op.level,
-            "babies": [element(b * lanes) for b in babies],
+            "babies": [element(b * lanes) for _, b in babies],
+            "inputs": [term for term, _ in babies],
             "giants": giants,
-            "giant": element(op.baby * lanes),
-            "folds": [[element(in_slots(f, lanes)) for f in group] for group in op.folds],
+            "giant": element(op.baby * lanes) if isinstance(op, MapOp) else 1,
+            "folds": [[element(in_slots(f, lanes)) for f in group] for group in groups],
         }
 
-    def _weights(self, op: MapOp) -> _Weights:
-        lanes = op.in_layout.lanes
-        diagonals = np.repeat(np.stack([values for *_, values in op.steps()]), lanes, axis=1)
+    def _weights(self, op: Linear) -> _Weights:
+        parameters = self.spec.parameters
+        scale = op.plain_scale(parameters)
+        # An operand's own scale, as a multiple of the first one's.
+        rows = [values * (op.plain_scale(parameters, term) / scale) for term, *_, values in op.steps()]
+        diagonals = np.repeat(np.stack(rows), self.spec.lanes, axis=1)
         return {
             "diagonals": np.ascontiguousarray(diagonals.real),
             "imaginary": np.ascontiguousarray(diagonals.imag) if np.iscomplexobj(diagonals) else None,
-            "plain_scale": op.plain_scale(self.spec.parameters),
-            "bias": np.repeat(op.bias_slots(), lanes),
+            "plain_scale": scale,
+            "bias": np.repeat(op.bias_slots(), self.spec.lanes),
             "bias_scale": op.out_scale,
         }
 
@@ -161,7 +174,7 @@ class NativeEvaluator(Evaluator):
         body = container.key_body(spec, container.read_key_file(spec, source))
 
         def parts() -> Iterator[bytes | memoryview]:
-            head = _PREPARED.pack(_MAGIC, bytes.fromhex(spec.program_id), self.word_bits, len(spec.keys))
+            head = _PREPARED.pack(_MAGIC, bytes.fromhex(spec.keys_id), self.word_bits, len(spec.keys))
             yield head + bytes(_HEAD_BYTES - len(head))
             at = 0
             for need in spec.keys:
@@ -187,7 +200,7 @@ class NativeEvaluator(Evaluator):
                 magic, program, bits, count = _PREPARED.unpack_from(mapped)
         except (OSError, ValueError, struct.error) as error:
             raise KeysMissing("the evaluation keys are no longer stored here; upload them again") from error
-        if (magic, program) != (_MAGIC, bytes.fromhex(spec.program_id)):
+        if (magic, program) != (_MAGIC, bytes.fromhex(spec.keys_id)):
             raise KeysMissing("the stored evaluation keys belong to another program; upload them again")
         if (bits, count, len(mapped)) != (self.word_bits, len(shapes), size):
             raise KeysMissing("the stored evaluation keys are damaged; upload them again")

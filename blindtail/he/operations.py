@@ -1,4 +1,9 @@
-"""The two operations of an encrypted tail as data: an affine map and a square.
+"""The main operation of an encrypted tail as data: an affine map of one value or of several.
+
+Values are ciphertexts in the order they are made: the input first, then one from each
+operation. An operation names what it reads by how many values back it is (1: the one
+before), and takes an operand that is above its own level at that level: primes are
+dropped, the scale stays. `blindtail.he.elementwise` has the other operations.
 
 Matrix-vector product (`MapOp`). Position s of the output, before folding,
 belongs to row `rows[s]` (or to none, -1). With the input rotated by k, position
@@ -12,8 +17,10 @@ which run Horner-style and so need one key (Halevi and Shoup, CRYPTO 2014,
 section 4.3; CRYPTO 2018, section 4). Then rescale, then fold, group by group:
 acc += rotate(acc, f1) + ... + rotate(acc, fm) for the group (f1, ..., fm), whose
 rotations are all of one ciphertext and so hoisted too. A doubling step is the
-group (f,); (f, 2f, 3f) does the work of (f,) and (2f,). Consumes one level; so
-does a square.
+group (f,); (f, 2f, 3f) does the work of (f,) and (2f,). Consumes one level. A map of
+several values (a skip connection, say) has a matrix for each; their products are added
+up before rescaling, so that it rescales, folds and steps once. Each value's plaintexts
+have a scale of their own, which brings all products to one scale.
 
 Complex slots halve the products of the first map: a slot x + i x' times
 w - i w' has the real part x w + x' w'. Multipliers are half of that, and one
@@ -32,8 +39,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blindtail.errors import ModelError
-from blindtail.he.layers import FloatArray
+from blindtail.he.diagonals import Met, meet, repeat_length
+from blindtail.he.layers import FloatArray, Shapes
 from blindtail.he.params import Parameters
+from blindtail.he.sparse import Sparse, Weight, entries
 from blindtail.he.spec import Layout, SlotArray
 
 #: Most fold groups of a map, and most rotations of a group.
@@ -43,16 +52,32 @@ Groups = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, eq=False)
+class Term:
+    """One value that a map reads, and its matrix."""
+
+    back: int  # how many values before the map's own
+    weight: Weight  # (out, in)
+    in_layout: Layout
+    offsets: int
+    stride: int
+    in_scale: float
+
+    shapes: Shapes | None = None  # of one image, in and out, where they are known
+
+
+@dataclass(frozen=True, eq=False)
 class MapOp:
     """One affine map; input at `level`, output at `level` - 1.
 
     Offsets, baby steps and folds count positions; offsets and baby steps are
     multiples of `stride`. A negative fold ~f conjugates as well. The result is real.
+    The fields from `back` on are of the first operand; `others` has the rest, all for
+    the same rows and steps.
     """
 
     name: str
     level: int
-    weight: FloatArray  # (out, in)
+    weight: Weight  # (out, in)
     bias: FloatArray  # (out,)
     in_layout: Layout
     out_layout: Layout
@@ -63,71 +88,106 @@ class MapOp:
     folds: Groups
     in_scale: float
     out_scale: float
+    back: int = 1
+    others: tuple[Term, ...] = ()
+    shapes: Shapes | None = None  # of one image, in and out, where they are known
+
+    @cached_property
+    def terms(self) -> tuple[Term, ...]:
+        """All operands, the first one's fields included."""
+        own = Term(
+            self.back, self.weight, self.in_layout, self.offsets, self.stride, self.in_scale, self.shapes
+        )
+        return own, *self.others
+
+    @property
+    def backs(self) -> tuple[int, ...]:
+        return tuple(term.back for term in self.terms)
+
+    @property
+    def out_level(self) -> int:
+        return self.level - 1
 
     @property
     def giant(self) -> int:
         """Number of giant steps, the first included."""
-        return -(-self.offsets // self.baby)
+        return -(-max(term.offsets for term in self.terms) // self.baby)
 
-    def plain_scale(self, parameters: Parameters) -> float:
+    def plain_scale(self, parameters: Parameters, term: int = 0) -> float:
         """target * q_level / current: the product, rescaled, lands on `out_scale` to the last bit.
 
         SEAL refuses to add operands whose scales differ in one. Raises `ModelError`
         when no such scale exists; `landing_scale` makes one that does.
         """
-        found = leading_scale(self.in_scale, self.out_scale, parameters.primes[self.level])
+        found = leading_scale(self.terms[term].in_scale, self.out_scale, parameters.primes[self.level])
         if found is None:
             raise ModelError(f"{self.name}: no plaintext scale leads to its output scale")
         return found
 
+    def at(
+        self, level: int, in_scale: float, out_scale: float, others: tuple[Term, ...] | None = None
+    ) -> MapOp:
+        """The same map at another level and with other scales; what was found out of it is kept."""
+        made = replace(self, level=level, in_scale=in_scale, out_scale=out_scale)
+        made = made if others is None else replace(made, others=others)
+        for name in ("met", "all_diagonals"):
+            if name in self.__dict__:
+                made.__dict__[name] = self.__dict__[name]
+        return made
+
     @cached_property
-    def diagonals(self) -> dict[int, SlotArray]:
-        """Offset k -> multipliers by position; offsets with nothing to multiply are absent.
+    def met(self) -> tuple[Met, ...]:
+        """By operand, where its weights are multiplied; all repeat as often: they are folded together."""
+        period = 0
+        if self.others:
+            period = repeat_length(self.rows, *(term.in_layout.index for term in self.terms))
+        return tuple(
+            meet(term.weight, self.rows, term.in_layout, term.offsets, term.stride, period)
+            for term in self.terms
+        )
+
+    @cached_property
+    def all_diagonals(self) -> tuple[dict[int, SlotArray], ...]:
+        """By operand: offset k -> multipliers by position; offsets with nothing to multiply are absent.
 
         Complex where the input is: (w - i w') / 2 at a position that sees x + i x'.
         Raises `ModelError` when some matrix entry other than zero is met by no offset.
         """
-        missing = (self.weight != 0).reshape(-1)
-        found: dict[int, SlotArray] = {**self._met(self.in_layout.index, missing)}
-        if self.in_layout.imaginary is not None:
-            found = {k: values / 2 for k, values in found.items()}
-            other = self._met(np.asarray(self.in_layout.imaginary, np.int32), missing)
-            for k, values in other.items():
-                found[k] = found.get(k, 0.0) - 0.5j * values
+        return tuple(self._diagonals(i, entries(term.weight)) for i, term in enumerate(self.terms))
+
+    def _diagonals(self, operand: int, values: FloatArray) -> dict[int, SlotArray]:
+        """With `values` in the place of the weight's entries."""
+        met, positions = self.met[operand], len(self.rows)
+        found: dict[int, SlotArray] = dict(met.real.multipliers(values, positions))
+        if met.imaginary is not None:
+            found = {k: made / 2 for k, made in found.items()}
+            for k, made in met.imaginary.multipliers(values, positions):
+                found[k] = found.get(k, 0.0) - 0.5j * made
             found = {k: found[k] + 0j for k in sorted(found)}
-        if missing.any():
-            raise ModelError(f"{self.name}: its layout leaves {int(missing.sum())} weights unused")
+        if met.unused:
+            raise ModelError(f"{self.name}: its layout leaves {met.unused} weights unused")
         return found
 
-    def _met(self, content: NDArray[np.int32], missing: NDArray[np.bool_]) -> dict[int, FloatArray]:
-        """Offset -> the weights met there, by position; takes them off `missing` (out * in,)."""
-        positions = len(content)
-        period = _period(content, self.rows, positions)
-        rows = self.rows[:period]
-        inner = self.weight.shape[1]
-        entries = self.weight.reshape(-1)
-        found: dict[int, FloatArray] = {}
-        for k in range(0, self.offsets, self.stride):
-            seen = np.roll(content, -k)[:period]
-            usable = np.flatnonzero((rows >= 0) & (seen >= 0))
-            entry = rows[usable].astype(np.int64) * inner + seen[usable]
-            fresh = missing[entry]
-            entry, first = np.unique(entry[fresh], return_index=True)
-            if len(entry):
-                missing[entry] = False
-                values = np.zeros(period)
-                values[usable[fresh][first]] = entries[entry]
-                found[k] = np.tile(values, positions // period)
-        return found
+    @property
+    def diagonals(self) -> dict[int, SlotArray]:
+        """Those of the first operand."""
+        return self.all_diagonals[0]
 
-    def steps(self) -> Iterator[tuple[int, int, SlotArray]]:
-        """(giant, baby, multipliers) with multipliers rotated back by the giant step.
+    @property
+    def used(self) -> list[tuple[int, int, int]]:
+        """(operand, giant, baby) of every product."""
+        found = enumerate(self.all_diagonals)
+        return [(i, *divmod(k, self.baby)) for i, diagonals in found for k in diagonals]
+
+    def steps(self) -> Iterator[tuple[int, int, int, SlotArray]]:
+        """(operand, giant, baby, multipliers) with multipliers rotated back by the giant step.
 
         `giant` counts giant steps, `baby` positions.
         """
-        for k, values in self.diagonals.items():
-            giant, baby = divmod(k, self.baby)
-            yield giant, baby, np.roll(values, giant * self.baby)
+        for i, diagonals in enumerate(self.all_diagonals):
+            for k, values in diagonals.items():
+                giant, baby = divmod(k, self.baby)
+                yield i, giant, baby, np.roll(values, giant * self.baby)
 
     def bias_slots(self) -> FloatArray:
         """The bias at every position that holds an element, zero elsewhere; by position."""
@@ -137,11 +197,11 @@ class MapOp:
     def rotations(self) -> dict[int, int]:
         """Turn (in slots; ~t conjugates as well) -> highest level it is used at."""
         lanes, need = self.in_layout.lanes, {}
-        used = {divmod(k, self.baby) for k in self.diagonals}
-        for _, b in used:
+        used = self.used
+        for _, _, b in used:
             if b:
                 need[b * lanes] = self.level
-        if any(g for g, _ in used):
+        if any(g for _, g, _ in used):
             need[self.baby * lanes] = self.level
         for group in self.folds:
             for f in group:
@@ -154,50 +214,68 @@ class MapOp:
         Raises `ModelError` naming the map.
         """
         positions = len(self.in_layout.content)
-        out, inner = self.weight.shape
+        out = self.weight.shape[0]
         if (
-            self.in_layout.size != inner
+            any(not self._sound(term, positions) for term in self.terms)
             or self.out_layout.size != out
             or self.bias.shape != (out,)
             or self.rows.shape != (positions,)
             or self.rows.min() < -1
             or self.rows.max() >= out
-            or self.stride < 1
-            or not 1 <= self.baby <= self.offsets <= positions
-            or self.baby % self.stride
-            or self.offsets % self.stride
+            or self.baby < 1
             or len(self.out_layout.content) != positions
             or self.out_layout.lanes != self.in_layout.lanes
             or len(self.folds) > MAX_GROUPS
             or any(not 1 <= len(group) <= MAX_GROUP for group in self.folds)
             or any(f == 0 or not -positions <= f < positions for group in self.folds for f in group)
             or self.out_layout.imaginary is not None
-            or not (self.in_scale > 1 and self.out_scale > 1 and np.isfinite(self.in_scale * self.out_scale))
+            or not (self.out_scale > 1 and np.isfinite(self.in_scale * self.out_scale))
         ):
             raise ModelError(f"{self.name}: shapes, offsets or scales contradict each other")
-        if not (np.isfinite(self.weight).all() and np.isfinite(self.bias).all()):
+        own = [entries(term.weight) for term in self.terms]
+        if not all(np.isfinite(values).all() for values in (*own, self.bias)):
             raise ModelError(f"{self.name}: weights hold NaN or infinity")
         # A random probe in place of the weights: an exact integer identity but for
         # coincidences of probability 2^-40, without a loop over all entries. Zeros
         # stay: a layout may leave out what multiplies by zero.
         rng = np.random.default_rng(20260101)
-        weight = np.where(self.weight != 0, rng.integers(1, 1 << 20, self.weight.shape), 0).astype(np.float64)
-        x = np.asarray(rng.integers(1, 1 << 20, (inner,)), np.float64)
-        held = self.in_layout.index
-        slots: SlotArray = np.where(held >= 0, x[np.maximum(held, 0)], np.nan)
-        if self.in_layout.imaginary is not None:
-            slots = replace(self.in_layout, lanes=1).place(x)
-        total: SlotArray = np.zeros(positions, slots.dtype)
-        for k, values in replace(self, weight=weight).diagonals.items():
-            seen: SlotArray = np.roll(slots, -k)
-            used = values != 0
-            total[used] += values[used] * seen[used]
+        total: SlotArray = np.zeros(positions)
+        want = np.zeros(out)
+        for operand, (term, weights) in enumerate(zip(self.terms, own, strict=True)):
+            probe = np.where(weights != 0, rng.integers(1, 1 << 20, weights.shape), 0).astype(np.float64)
+            x = np.asarray(rng.integers(1, 1 << 20, (term.weight.shape[1],)), np.float64)
+            held = term.in_layout.index
+            slots: SlotArray = np.where(held >= 0, x[np.maximum(held, 0)], np.nan)
+            if term.in_layout.imaginary is not None:
+                slots = replace(term.in_layout, lanes=1).place(x)
+                total = total + 0j
+            for k, values in self._diagonals(operand, probe).items():
+                seen: SlotArray = np.roll(slots, -k)
+                used = values != 0
+                total[used] += values[used] * seen[used]
+            w = term.weight
+            held_by = w.filled(probe) if isinstance(w, Sparse) else probe.reshape(w.shape)
+            want += held_by @ x
         total = fold(total, self.folds)
         claimed = self.out_layout.index
-        want = weight @ x
         good = np.where(claimed >= 0, total == want[np.maximum(claimed, 0)], (claimed != -1) | (total == 0))
         if not good.all():
             raise ModelError(f"{self.name}: its layout does not compute the map")
+
+    def _sound(self, term: Term, positions: int) -> bool:
+        """Shapes and numbers of an operand fit the map's."""
+        out, inner = term.weight.shape
+        return (
+            (out, inner) == (self.out_layout.size, term.in_layout.size)
+            and (len(term.in_layout.content), term.in_layout.lanes) == (positions, self.in_layout.lanes)
+            and term.back >= 1
+            and term.stride >= 1
+            and 1 <= term.offsets <= positions
+            and self.baby <= max(other.offsets for other in self.terms)
+            and self.baby % term.stride == 0
+            and term.offsets % term.stride == 0
+            and bool(term.in_scale > 1 and np.isfinite(term.in_scale))
+        )
 
 
 def in_slots(turn: int, lanes: int) -> int:
@@ -221,20 +299,6 @@ def fold(values: SlotArray, groups: Groups) -> SlotArray:
     return values
 
 
-@dataclass(frozen=True, eq=False)
-class SquareOp:
-    """x^2, relinearised and rescaled: `level` -> `level` - 1."""
-
-    name: str
-    level: int
-    layout: Layout
-    in_scale: float
-    out_scale: float
-
-
-Op = MapOp | SquareOp
-
-
 def leading_scale(in_scale: float, out_scale: float, q: int) -> float | None:
     """The plaintext scale whose product with `in_scale`, rescaled by q, is `out_scale` to the last bit."""
     below = above = out_scale * q / in_scale
@@ -251,21 +315,10 @@ def landing_scale(in_scale: float, target: float, q: int) -> float:
     return in_scale * (target * q / in_scale) / q
 
 
-def _period(content: NDArray[np.int32], rows: NDArray[np.int32], positions: int) -> int:
-    """The smallest power of two with which both repeat."""
-    period = 1
-    while period < positions:
-        if all((a.reshape(-1, period) == a[:period]).all() for a in (content, rows)):
-            return period
-        period *= 2
-    return positions
-
-
 __all__ = [
     "Groups",
     "MapOp",
-    "Op",
-    "SquareOp",
+    "Term",
     "fold",
     "in_slots",
     "landing_scale",

@@ -31,7 +31,9 @@ SEAL_MAX_LOG2_Q_128: Mapping[int, int] = MappingProxyType(
 #: Standard deviation of SEAL's error (centred binomial, clipped).
 ERROR_STD = 3.2
 
-_FAST_LOW, _FAST_HIGH = 1 << 29, 1 << 30
+#: Bits of primes: usually the most that a 32-bit word of `native` takes; and what may be chosen.
+PRIME_BITS = 30
+PRIME_SIZES = range(22, PRIME_BITS + 1)
 _WITNESSES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 
 
@@ -59,7 +61,7 @@ def is_prime(n: int) -> bool:
     return True
 
 
-def ntt_primes(ring_degree: int, count: int, below: int = _FAST_HIGH) -> tuple[int, ...]:
+def ntt_primes(ring_degree: int, count: int, below: int = 1 << PRIME_BITS) -> tuple[int, ...]:
     """The `count` largest primes p < `below` with p = 1 mod 2N, descending."""
     step = 2 * ring_degree
     p = (below - 2) // step * step + 1
@@ -103,25 +105,41 @@ class Parameters:
             )
 
     @classmethod
-    def create(cls, levels: int, ring_degree: int | None = None) -> Parameters:
-        """The fast-path set: `levels` + 1 data primes and one special prime in (2^29, 2^30).
+    def create(
+        cls, levels: int, ring_degree: int | None = None, bits: int = PRIME_BITS, wide: int = 0
+    ) -> Parameters:
+        """A fast-path set: `levels` + 1 data primes and a special prime, within a factor of two below 2^30.
+
+        bits  of the primes: fewer make uplink and keys smaller and errors larger. Below
+              `PRIME_BITS`, q_0, which bounds the logits, and the special prime, by which the noise
+              of key switching is divided, are almost twice as large as the others
+        wide  data primes besides, of the lowest levels, that are so large too; with fewer bits alone
 
         Without `ring_degree`, the smallest ring that is 128-bit secure. Raises
         `ModelError` when none is.
         """
         if levels < 0:
             raise ModelError(f"a program cannot consume {levels} levels")
+        if bits not in PRIME_SIZES:
+            raise ModelError(f"primes have {PRIME_SIZES[0]} to {PRIME_SIZES[-1]} bits, not {bits}")
         count = levels + 2
+        larger = 2 + max(0, min(wide, levels - 1)) if bits < PRIME_BITS and count > 2 else 0
         for n in [ring_degree] if ring_degree else sorted(MAX_LOG2_Q_128):
             if n not in MAX_LOG2_Q_128:
                 raise ModelError(f"ring degree {n} is not one of {sorted(MAX_LOG2_Q_128)}")
-            if count * 30 > MAX_LOG2_Q_128[n] and ring_degree is None:
+            if count * bits + larger > MAX_LOG2_Q_128[n] and ring_degree is None:
                 continue
             if n < 2048:
                 continue
-            primes = ntt_primes(n, count)
-            if primes[-1] < _FAST_LOW:
+            try:
+                primes = ntt_primes(n, count - larger, 1 << bits)
+                pair = ntt_primes(n, larger, 2 * primes[-1]) if larger else ()
+            except ModelError:
                 continue
+            if primes[-1] < 1 << (bits - 1) or (pair and pair[-1] <= primes[0]):
+                continue
+            if pair:
+                return cls(n, (*pair[1:], *primes), pair[0])
             # The largest prime is the special one: mod-down noise shrinks with it.
             return cls(n, primes[1:], primes[0])
         raise ModelError(

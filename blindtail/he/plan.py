@@ -10,23 +10,24 @@ Operations Research 1963: what a price makes best is best for the amount it uses
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from blindtail.errors import ModelError
-from blindtail.he import cost, schedule, slotmaps
+from blindtail.he import cost, grids, schedule, slotmaps
 from blindtail.he.container import HEADER_BYTES, SEED_BYTES
-from blindtail.he.layers import Affine, Layer, squares_only
-from blindtail.he.objective import METRICS, Costs, NoPlan, Objective
-from blindtail.he.operations import MapOp
+from blindtail.he.elementwise import Linear
+from blindtail.he.layers import Layer
+from blindtail.he.normal import Normal, normalised
+from blindtail.he.objective import ERROR, METRICS, Costs, NoPlan, Objective
 from blindtail.he.packing import packed_bytes
-from blindtail.he.params import Parameters
+from blindtail.he.params import MAX_LOG2_Q_128, PRIME_BITS, PRIME_SIZES, Parameters
 from blindtail.he.program import Program
 from blindtail.he.schedule import State, Step, Weights
 from blindtail.he.spec import Layout
 
-#: Smallest period of a reply: 2 * 16 coefficients of c0 travel.
-REPLY_PERIOD = 16
+REPLY_PERIOD = slotmaps.LEAST_PERIOD
 #: Prices of a second online, and of a byte of plaintexts, in seconds of a whole evaluation: a program
 #: of 10 MB that takes 5 ms is as much one as the other at 5e-10.
 _ONLINE, _BYTES = (0.0, 1.0, 10.0), (0.0, 5e-11, 5e-10, 5e-9)
@@ -53,6 +54,7 @@ class Plan:
         """For people and JSON."""
         return {
             "ring_degree": self.parameters.ring_degree,
+            "prime_bits": self.parameters.primes[-1].bit_length(),
             "lanes": self.lanes,
             "complex_slots": self.complex_slots,
             "maps": [
@@ -76,7 +78,7 @@ def front(layers: Sequence[Layer], *, lanes: int = 1, ring_degree: int | None = 
     Raises `ModelError` when no ring fits.
     """
     prices = [Weights(1.0, online, plain) for online, plain in itertools.product(_ONLINE, _BYTES)]
-    found = sorted(_plans(squares_only(layers), lanes, ring_degree, prices), key=_by_total)
+    found = sorted(_plans(normalised(layers), lanes, ring_degree, prices), key=_by_total)
     kept: list[Plan] = []
     for plan in found:
         if not any(other.costs.beats(plan.costs) or other.costs == plan.costs for other in kept):
@@ -107,30 +109,74 @@ def ranked(
     Raises `NoPlan` when none keeps the bounds, naming what the least would be, and
     `ModelError` when no ring fits.
     """
-    maps = squares_only(layers)
-    wanted = _weights(objective)
-    found = list(_plans(maps, lanes, ring_degree, [wanted]))
+    tail, problem = normalised(layers), NoPlan("")
+    for bits in sizes(objective):
+        try:
+            return fitting(tail, objective, lanes, ring_degree, bits=bits)
+        except NoPlan as error:
+            problem = error
+        except ModelError:
+            if bits == PRIME_BITS:  # of smaller primes there may be too few
+                raise
+    raise problem
+
+
+def sizes(objective: Objective) -> list[int]:
+    """Bits of primes worth a look, most first: fewer than usual where uplink is bounded or weighed."""
+    small = "uplink_bytes" in objective.at_most or objective.weights.get("uplink_bytes")
+    return list(reversed(PRIME_SIZES)) if small else [PRIME_BITS]
+
+
+def _uplink_bytes(parameters: Parameters) -> int:
+    residues = sum(packed_bytes(parameters.ring_degree, q.bit_length()) for q in parameters.primes)
+    return HEADER_BYTES + SEED_BYTES + residues
+
+
+def fitting(
+    tail: Normal,
+    objective: Objective,
+    lanes: int,
+    ring_degree: int | None,
+    *,
+    bits: int = PRIME_BITS,
+    precise: bool = False,
+    known: dict[int, grids.Ways] | None = None,
+) -> list[Plan]:
+    """`ranked` with primes of so many bits.
+
+    precise  only such whose last map has a periodic input, with several periods of the reply: fewer
+             folds at the last level leave less noise in the logits
+    known    by the number of slots: ways that are made already, and will be
+
+    Raises as `ranked` does.
+    """
+    known, wanted = {} if known is None else known, _weights(objective)
+    most = objective.at_most.get("uplink_bytes", math.inf)
+    found = list(_plans(tail, lanes, ring_degree, [wanted], bits, precise, known, most))
     if {"online_s", "memory_bytes", "total_s"} & set(objective.at_most):
         # What the wanted price makes best may break these bounds: look for what else there is.
         others = [
             Weights(wanted.total_s + total, wanted.online_s + online, wanted.plain_bytes + plain)
             for total, online, plain in itertools.product((0.0, 1.0), _ONLINE, _BYTES)
         ]
-        found += _plans(maps, lanes, ring_degree, others)
-    fitting = [plan for plan in found if objective.admits(plan.costs)]
-    if not fitting:
+        found += _plans(tail, lanes, ring_degree, others, bits, precise, known, most)
+    good = [plan for plan in found if objective.admits(plan.costs)]
+    if not good:
         raise NoPlan(_unreachable(objective, found))
-    return sorted(fitting, key=lambda plan: (objective.value(plan.costs), plan.costs.key_bytes))
+    return sorted(good, key=lambda plan: (objective.value(plan.costs), plan.costs.key_bytes))
 
 
 def costs_of(program: Program) -> Costs:
     """The same costs of a compiled program, from its operations."""
     spec, n = program.spec, program.spec.parameters.ring_degree
-    maps = [op for op in program.ops if isinstance(op, MapOp)]
-    plain = sum(len(op.diagonals) * (op.level + 2) + op.level for op in maps)
-    counts = cost.count_part(program.ops, "online")
-    online = cost.seconds(schedule.BACKEND, n, counts[:2], one=cost.BARE, part="online")
-    online += cost.seconds(schedule.BACKEND, n, counts[2:], request=False)
+    linear = [op for op in program.ops if isinstance(op, Linear)]
+    plain = sum(sum(1 for _ in op.steps()) * (op.level + 2) + op.level for op in linear)
+    if program.is_chain:
+        counts = cost.count_part(program.ops, "online")
+        online = cost.seconds(schedule.BACKEND, n, counts[:2], one=cost.BARE, part="online")
+        online += cost.seconds(schedule.BACKEND, n, counts[2:], request=False)
+    else:
+        online = program.predicted_s(schedule.BACKEND, part="online")
     expanded = sum(_expanded_bytes(n, key.level) for key in spec.keys)
     return Costs(
         total_s=program.predicted_s(schedule.BACKEND),
@@ -141,44 +187,82 @@ def costs_of(program: Program) -> Costs:
     )
 
 
-def rings(levels: int, ring_degree: int | None = None) -> list[Parameters]:
-    """Parameter sets worth a look: the smallest ring that is secure, and the one above.
+def rings(levels: int, ring_degree: int | None = None, bits: int = PRIME_BITS) -> list[Parameters]:
+    """Parameter sets worth a look: the smallest ring that is secure, and those above.
 
     One ring up doubles slots and uplink: it pays when the activation needs it. Raises `ModelError`.
     """
-    first = Parameters.create(levels, ring_degree)
-    bigger = first.ring_degree * 2
-    if ring_degree is not None or bigger > 32768:
-        return [first]
-    return [first, Parameters.create(levels, bigger)]
+    found = [Parameters.create(levels, ring_degree, bits)]
+    while ring_degree is None and 2 * found[-1].ring_degree in MAX_LOG2_Q_128:
+        found.append(Parameters.create(levels, 2 * found[-1].ring_degree, bits))
+    return found
 
 
 def ways_in(
-    maps: Sequence[Affine], parameters: Parameters, lanes: int
+    tail: Normal, parameters: Parameters, lanes: int
 ) -> tuple[list[tuple[Layout, slotmaps.Arrangement]], int]:
     """Layouts at the cut with the first map's arrangement, and the period of the logits, in positions.
 
     The last map is always an outer sum, of the period that replies are cut to.
     """
-    last = max(slotmaps.power_of_two(maps[-1].weight.shape[0]), REPLY_PERIOD // lanes)
-    only = last if len(maps) == 1 else None
-    return slotmaps.first_maps(maps[0].weight, parameters.slots, lanes, only), last
+    last = _last_period(tail, lanes)
+    return grids.Ways(tail, parameters.slots, lanes).firsts(last), last
+
+
+def _last_period(tail: Normal, lanes: int) -> int:
+    return max(slotmaps.power_of_two(len(tail.maps[-1].bias)), REPLY_PERIOD // lanes)
+
+
+def _periods(tail: Normal, last: int, positions: int) -> list[int]:
+    """Of replies: the usual one, larger ones, and that of the last map's input: nothing to fold."""
+    inputs = max(weight.shape[1] for _, weight in tail.sources(len(tail.maps) - 1))
+    widest = max(last, min(slotmaps.power_of_two(inputs), positions))
+    return sorted({widest, *(p for p in (last * 4**i for i in range(8)) if p < widest)})
 
 
 def _plans(
-    maps: Sequence[Affine], lanes: int, ring_degree: int | None, prices: Sequence[Weights]
+    tail: Normal,
+    lanes: int,
+    ring_degree: int | None,
+    prices: Sequence[Weights],
+    bits: int = PRIME_BITS,
+    precise: bool = False,
+    known: dict[int, grids.Ways] | None = None,
+    most_uplink: float = math.inf,
 ) -> Iterator[Plan]:
     problem: ModelError | None = None
-    for parameters in rings(2 * len(maps) - 1, ring_degree):
+    known = {} if known is None else known
+    for number, parameters in enumerate(rings(tail.depth, ring_degree, bits)):
         try:
-            firsts, last = ways_in(maps, parameters, lanes)
+            slots, last = parameters.slots, _last_period(tail, lanes)
+            ways = known.get(slots) or grids.Ways(tail, slots, lanes)
+            known[slots] = ways
+            ways.firsts(last)
+            if (uplink := _uplink_bytes(parameters)) > most_uplink:
+                raise NoPlan(_short([("uplink_bytes", most_uplink, uplink)]))  # before anything is searched
+            if most_uplink < math.inf and bits < PRIME_BITS:
+                # A bit more for some primes makes errors smaller.
+                spare = int((most_uplink - uplink) // (parameters.ring_degree // 8))
+                levels = parameters.max_level
+                parameters = Parameters.create(levels, parameters.ring_degree, bits, spare)
             found = [
-                _plan(state, parameters, len(maps) > 1)
+                _plan(state, parameters, schedule.relinearisation(tail, parameters.max_level))
+                for period in (_periods(tail, last, slots // lanes) if precise else [last])
                 for weights in prices
-                for state in schedule.search(maps, firsts, parameters, last, weights=weights)
+                for state in schedule.search(
+                    tail,
+                    ways.firsts(period),
+                    parameters,
+                    period,
+                    weights=weights,
+                    ways=ways,
+                    periodic=precise,
+                )
             ]
         except ModelError as error:
             problem = error
+            if isinstance(error, NoPlan) or (number and not isinstance(error, slotmaps.TooWide)):
+                break
             continue
         # A larger ring costs more of everything: it is for what does not fit.
         yield from found
@@ -187,16 +271,15 @@ def _plans(
     raise problem
 
 
-def _plan(state: State, parameters: Parameters, squares: bool) -> Plan:
+def _plan(state: State, parameters: Parameters, relinearised: int) -> Plan:
     n = parameters.ring_degree
-    residues = sum(packed_bytes(n, q.bit_length()) for q in parameters.primes)
     expanded = sum(_expanded_bytes(n, level) for level in state.needs.values())
-    if squares:
-        expanded += _expanded_bytes(n, parameters.max_level - 1)
+    if relinearised:
+        expanded += _expanded_bytes(n, relinearised)
     costs = Costs(
         total_s=state.spent.total_s,
         online_s=state.spent.online_s,
-        uplink_bytes=HEADER_BYTES + SEED_BYTES + residues,
+        uplink_bytes=_uplink_bytes(parameters),
         key_bytes=state.key_bytes,
         memory_bytes=state.spent.plain_bytes + expanded,
     )
@@ -219,17 +302,33 @@ def _unreachable(objective: Objective, found: Sequence[Plan]) -> str:
     """Which bounds no plan keeps even alone, or else that they contradict each other."""
     short = []
     for name, bound in objective.at_most.items():
-        least = min(plan.costs.of(name) for plan in found)
+        least = min(plan.costs.of(name) for plan in found) if name != ERROR else 0.0
         if least > bound:
-            short.append(f"{name} <= {bound:g} (the least is {least:.4g})")
+            short.append((name, bound, least))
     if short:
-        return f"no plan keeps {', '.join(short)}: allow more, make layers smaller, or cut later"
+        return _short(short)
     told = ", ".join(f"{name} <= {bound:g}" for name, bound in objective.at_most.items())
     return f"no plan keeps {told} at once, though each can be kept alone: relax one of them"
+
+
+def _short(found: Sequence[tuple[str, float, float]]) -> str:
+    told = ", ".join(f"{name} <= {bound:g} (the least is {least:.4g})" for name, bound, least in found)
+    return f"no plan keeps {told}: allow more, make layers smaller, or cut later"
 
 
 def _by_total(plan: Plan) -> tuple[float, int]:
     return plan.costs.total_s, plan.costs.key_bytes
 
 
-__all__ = ["REPLY_PERIOD", "Plan", "best", "costs_of", "front", "ranked", "rings", "ways_in"]
+__all__ = [
+    "REPLY_PERIOD",
+    "Plan",
+    "best",
+    "costs_of",
+    "fitting",
+    "front",
+    "ranked",
+    "rings",
+    "sizes",
+    "ways_in",
+]

@@ -9,9 +9,9 @@ key exists. `blindtail.he.operations` says what the operations compute.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 from blindtail.errors import BundleError, ModelError
 from blindtail.he import cost, noise, program_file
 from blindtail.he.calibration import Calibration, word_bytes
+from blindtail.he.elementwise import Linear, Op, ProductOp, ScaleOp, SquareOp, SumOp
 from blindtail.he.layers import FloatArray
-from blindtail.he.operations import MapOp, Op, SquareOp, in_slots, landing_scale, leading_scale
+from blindtail.he.operations import MapOp, in_slots, landing_scale, leading_scale
+from blindtail.he.params import Parameters
 from blindtail.he.program_file import FORMAT_VERSION
-from blindtail.he.spec import KeyNeed, ReplyForm, TailSpec, canonical_json, sha256_hex
+from blindtail.he.spec import KeyNeed, Layout, ReplyForm, TailSpec, canonical_json, sha256_hex
 
 RELINEARISE = 0  # the Galois element no rotation has: stands for the relinearisation key
 
@@ -34,11 +36,13 @@ class Operations(Protocol[Ct]):
     """The primitives a backend supplies. Plaintexts are encoded by the backend beforehand."""
 
     def turn(self, ct: Ct, turn: int) -> Ct: ...  # rotates left; ~t by t, and conjugates
-    def multiply_diagonal(self, ct: Ct, op: int, giant: int, baby: int) -> Ct: ...
+    def multiply_diagonal(self, ct: Ct, op: int, term: int, giant: int, baby: int) -> Ct: ...
     def add(self, a: Ct, b: Ct) -> Ct: ...
-    def add_bias(self, ct: Ct, op: int) -> Ct: ...
+    def add_bias(self, ct: Ct, op: int) -> Ct: ...  # the operation's `bias_slots`, at the ciphertext's level
     def rescale(self, ct: Ct) -> Ct: ...
-    def square(self, ct: Ct) -> Ct: ...
+    def square(self, ct: Ct) -> Ct: ...  # relinearised, like the next
+    def product(self, a: Ct, b: Ct) -> Ct: ...
+    def lower(self, ct: Ct, level: int) -> Ct: ...  # drops primes; the scale stays
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,25 +53,45 @@ class Program:
     ops: tuple[Op, ...]
 
     def run(self, operations: Operations[Ct], ct: Ct) -> Ct:
-        """Fresh ciphertext at the input level -> logits at level 0."""
+        """Fresh ciphertext at the input level -> logits at level 0. Raises `ModelError` when damaged."""
+        values: dict[int, Ct] = {0: ct}
+        last = last_uses(self.ops)
         for index, op in enumerate(self.ops):
-            if isinstance(op, MapOp):
-                ct = self._run_map(operations, index, op, ct)
-            else:
-                ct = operations.rescale(operations.square(ct))
-        return ct
+            if any(index + 1 - back not in values for back in op.backs):
+                raise ModelError(f"{op.name}: reads what is not there")
+            read = [operations.lower(values[index + 1 - back], op.level) for back in op.backs]
+            values[index + 1] = self._run_op(operations, index, op, read)
+            for value in [v for v in values if last.get(v) == index]:
+                del values[value]
+        return values[len(self.ops)]
 
-    def _run_map(self, operations: Operations[Ct], index: int, op: MapOp, ct: Ct) -> Ct:
+    def _run_op(self, operations: Operations[Ct], index: int, op: Op, read: list[Ct]) -> Ct:
+        if isinstance(op, MapOp):
+            return self._run_map(operations, index, op, read)
+        if isinstance(op, SquareOp):
+            return operations.rescale(operations.square(read[0]))
+        if isinstance(op, ProductOp):
+            return operations.rescale(operations.product(*read))
+        if isinstance(op, SumOp):
+            total = operations.add(*read) if len(read) > 1 else read[0]
+            return total if op.constant is None else operations.add_bias(total, index)
+        terms = [operations.multiply_diagonal(ct, index, i, 0, 0) for i, ct in enumerate(read)]
+        return operations.add_bias(operations.rescale(reduce(operations.add, terms)), index)
+
+    def _run_map(self, operations: Operations[Ct], index: int, op: MapOp, read: list[Ct]) -> Ct:
         lanes = op.in_layout.lanes
-        steps = sorted({divmod(k, op.baby) for k in op.diagonals})
-        babies = {b: operations.turn(ct, b * lanes) if b else ct for b in {b for _, b in steps}}
+        steps = sorted(op.used)
+        babies = {
+            (i, b): operations.turn(read[i], b * lanes) if b else read[i]
+            for i, b in {(i, b) for i, _, b in steps}
+        }
         total: Ct | None = None
         for giant in reversed(range(op.giant)):
             if total is not None:
                 total = operations.turn(total, op.baby * lanes)
-            for g, b in steps:
+            for i, g, b in steps:
                 if g == giant:
-                    term = operations.multiply_diagonal(babies[b], index, g, b)
+                    term = operations.multiply_diagonal(babies[i, b], index, i, g, b)
                     total = term if total is None else operations.add(total, term)
         if total is None:
             raise ModelError(f"{op.name}: every weight is zero")
@@ -78,6 +102,13 @@ class Program:
                 total = operations.add(total, operations.turn(held, in_slots(f, lanes)))
         return operations.add_bias(total, index)
 
+    @property
+    def is_chain(self) -> bool:
+        """Maps of one operand and squares in turns, each of the value before."""
+        return all(
+            op.backs == (1,) and isinstance(op, SquareOp if i % 2 else MapOp) for i, op in enumerate(self.ops)
+        )
+
     @cached_property
     def content_id(self) -> str:
         """Its own program id, also where it answers under another one (`compatible.serving_as`)."""
@@ -85,8 +116,8 @@ class Program:
 
     @property
     def depth(self) -> int:
-        """Levels consumed: one a map, one a square."""
-        return len(self.ops)
+        """Levels consumed, on the longest way through: one a map, one a square."""
+        return self.spec.input_level
 
     @property
     def rotations(self) -> tuple[int, ...]:
@@ -103,7 +134,11 @@ class Program:
         """
         one = cost.reference(backend)
         if backend == "native":
-            counts = cost.count_part(self.ops, part)
+            if not self.is_chain:
+                # A ticket then holds the expanded seed alone.
+                counts = [] if part == "ticket" else [cost.count(op, backend) for op in self.ops]
+            else:
+                counts = cost.count_part(self.ops, part)
             one = one if calibration is None else calibration.at(self.working_bytes(part))
         elif part == "total":
             counts = [cost.count(op, backend) for op in self.ops]
@@ -114,15 +149,16 @@ class Program:
     def working_bytes(self, part: cost.Part = "total") -> int:
         """Keys, plaintexts and ticket that `native` reads (or writes) in one evaluation, or in a part."""
         ops = {"total": self.ops, "online": self.ops[2:], "ticket": self.ops[:2]}[part]
+        if not self.is_chain:
+            ops = () if part == "ticket" else self.ops
         keys: dict[int, int] = {}  # a key is read up to the level it is used at
         for op in ops:
-            needs = op.rotations() if isinstance(op, MapOp) else {RELINEARISE: op.level}
-            for step, level in needs.items():
+            for step, level in _turns(op).items():
                 keys[step] = max(keys.get(step, 0), level)
         read = ops if part == "ticket" else self.ops
-        limbs = sum(len(op.diagonals) * (op.level + 2) for op in read if isinstance(op, MapOp))
+        limbs = sum(_products(op) * (op.level + 2) for op in read)
         if part != "total":
-            limbs += 5 * self.ops[0].level + 5
+            limbs += 5 * self.spec.input_level + 5
         limbs += sum(2 * (level + 2) * (level + 1) for level in keys.values())
         parameters = self.spec.parameters
         return limbs * parameters.ring_degree * word_bytes(parameters)
@@ -168,11 +204,12 @@ class Program:
         for op in self.ops:
             counts = cost.count(op, backend)
             row: dict[str, Any] = {
-                "op": "map" if isinstance(op, MapOp) else "square",
+                "op": program_file.KINDS[type(op)],
                 "name": op.name,
                 "shape": list(op.weight.shape) if isinstance(op, MapOp) else [op.layout.size],
+                "operands": len(op.backs),
                 "level_in": op.level,
-                "level_out": op.level - 1,
+                "level_out": op.out_level,
                 **asdict(counts),
                 "predicted_s": cost.seconds(
                     backend, self.spec.parameters.ring_degree, [counts], request=False
@@ -218,37 +255,87 @@ def finish(ops: tuple[Op, ...], draft: TailSpec) -> TailSpec:
     Raises `ModelError` when levels, scales or layouts do not connect.
     """
     parameters = draft.parameters
-    level, scale, layout = draft.input_level, draft.input_scale, draft.input_layout
-    for op in ops:
-        before = op.in_layout if isinstance(op, MapOp) else op.layout
-        if op.level != level or op.in_scale != scale or before != layout or level < 1:
+    # By value: level, scale, layout.
+    values: list[tuple[int, float, Layout]] = [(draft.input_level, draft.input_scale, draft.input_layout)]
+    last, needs = last_uses(ops), dict[int, int]()
+    for index, op in enumerate(ops):
+        least = 0 if isinstance(op, SumOp) else 1
+        if not op.backs or max(op.backs) > index + 1 or min(op.backs) < 1:
+            raise ModelError(f"{op.name}: reads what comes after it or before the input")
+        if isinstance(op, MapOp):
+            before = [(term.in_scale, term.in_layout) for term in op.terms]
+            after = op.out_layout
+        else:
+            before = [(scale, op.layout) for scale in op.in_scales]
+            after = op.layout
+        read = [values[index + 1 - back] for back in op.backs]
+        fits = len(before) == len(read) and all(
+            level >= op.level and (scale, layout) == (wanted, like)
+            for (level, scale, layout), (wanted, like) in zip(read, before, strict=False)
+        )
+        if not fits or op.level < least or (op.out_level < 1 and index + 1 < len(ops)):
             raise ModelError(f"{op.name}: its level, scale or layout does not follow from what comes before")
         if isinstance(op, MapOp):
             op.check()
-            op.plain_scale(parameters)
-            layout = op.out_layout
-        elif op.out_scale != op.in_scale * op.in_scale / parameters.primes[op.level]:
-            raise ModelError(f"{op.name}: a square's scale is the input's, squared and rescaled")
-        level, scale = level - 1, op.out_scale
+            for term in range(len(op.terms)):
+                op.plain_scale(parameters, term)
+        elif after.imaginary is not None:
+            raise ModelError(f"{op.name}: slots with imaginary parts are for a map to read")
+        else:
+            op.check(parameters)
+        if index and index not in last:
+            raise ModelError(f"{ops[index - 1].name}: nothing reads what it computes")
+        values.append((op.out_level, op.out_scale, after))
+        for turn, at in _turns(op).items():
+            element = RELINEARISE if turn == _RELINEARISING else parameters.turn_element(turn)
+            needs[element] = max(needs.get(element, 0), at)
+    level, scale, layout = values[-1]
     period = draft.reply.period // layout.lanes
     content = layout.index
     repeats = period > 0 and len(content) % period == 0 and np.array_equal(content, np.roll(content, period))
-    if level != 0 or scale != draft.reply.scale or not repeats:
+    if level != 0 or scale != draft.reply.scale or not repeats or not isinstance(ops[-1], MapOp):
         raise ModelError("the last operation does not end in the reply's form")
+    keys = key_needs(ops, parameters)
+    if draft.segment is not None:  # it shares the keys of its chain
+        held = {key.element: key.level for key in draft.keys}
+        if any(held.get(key.element, -1) < key.level for key in keys):
+            raise ModelError("a segment's keys do not cover its operations")
+        keys = draft.keys
+    spec = replace(draft, keys=keys, output_layout=layout)
+    return replace(spec, program_id=_content_id(spec, ops))
+
+
+def key_needs(ops: Sequence[Op], parameters: Parameters) -> tuple[KeyNeed, ...]:
+    """The evaluation keys that operations use, by Galois element, each at its highest level."""
     needs: dict[int, int] = {}
     for op in ops:
-        if isinstance(op, SquareOp):
-            needs[RELINEARISE] = max(needs.get(RELINEARISE, 0), op.level)
-            continue
-        for turn, at in op.rotations().items():
-            element = parameters.turn_element(turn)
+        for turn, at in _turns(op).items():
+            element = RELINEARISE if turn == _RELINEARISING else parameters.turn_element(turn)
             needs[element] = max(needs.get(element, 0), at)
-    spec = replace(
-        draft,
-        keys=tuple(KeyNeed(element, needs[element]) for element in sorted(needs)),
-        output_layout=layout,
-    )
-    return replace(spec, program_id=_content_id(spec, ops))
+    return tuple(KeyNeed(element, needs[element]) for element in sorted(needs))
+
+
+def last_uses(ops: Sequence[Op]) -> dict[int, int]:
+    """Value -> the last operation that reads it; the result, which none reads, is absent."""
+    return {index + 1 - back: index for index, op in enumerate(ops) for back in op.backs}
+
+
+#: Stands for relinearisation among turns; turns are of slots, and there are not that many.
+_RELINEARISING = 1 << 62
+
+
+def _turns(op: Op) -> dict[int, int]:
+    """Turn (in slots; ~t conjugates as well) or relinearisation -> highest level it is used at."""
+    if isinstance(op, MapOp):
+        return op.rotations()
+    return {_RELINEARISING: op.level} if isinstance(op, SquareOp | ProductOp) else {}
+
+
+def _products(op: Op) -> int:
+    """With plaintexts."""
+    if isinstance(op, MapOp):
+        return len(op.used)
+    return len(op.backs) if isinstance(op, ScaleOp) else 0
 
 
 def _content_id(spec: TailSpec, ops: tuple[Op, ...]) -> str:
@@ -261,13 +348,18 @@ def _content_id(spec: TailSpec, ops: tuple[Op, ...]) -> str:
 __all__ = [
     "FORMAT_VERSION",
     "RELINEARISE",
+    "Linear",
     "MapOp",
     "Op",
     "Operations",
+    "ProductOp",
     "Program",
     "ReplyForm",
+    "ScaleOp",
     "SquareOp",
+    "SumOp",
     "finish",
+    "key_needs",
     "landing_scale",
     "leading_scale",
 ]

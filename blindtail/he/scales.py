@@ -1,21 +1,23 @@
-"""Scales and noise: the exact scale of every step, and the error that a program ends with.
+"""Scales: the exact scale of every step, so that values fit and the logits' error is least.
 
-Scales are chosen by coordinate descent on the predicted error of the logits,
-under the bound that every value fits its modulus with room
-(|value| * scale < q / 4 at every step, from calibration data).
+What multiplies with plaintexts (maps, multiples) can land on any scale; squares and products
+follow from their operands, and what is added to another value takes its scale. Scales are
+chosen by coordinate descent on the predicted error of the logits (`blindtail.he.propagation`),
+under the bound that every value fits its modulus with room (|value| * scale < q / 4 at
+every step, from calibration data).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from blindtail.errors import ModelError
-from blindtail.he import noise
-from blindtail.he.layers import Affine
-from blindtail.he.operations import landing_scale, leading_scale
+from blindtail.he.elementwise import Linear, Op, ProductOp, ScaleOp, SquareOp
+from blindtail.he.operations import MapOp, landing_scale, leading_scale
 from blindtail.he.params import Parameters
+from blindtail.he.propagation import Stats, propagate
 from blindtail.he.spec import TailSpec
 
 #: q / HEADROOM bounds |value| * scale; half of q is the wrap.
@@ -25,6 +27,7 @@ LIKE_HEADROOM = 3.2
 #: q_0 over this is the largest scale of logits, however small they are: SEAL takes none as large as q_0.
 LEAST_ROOM = 2.0
 _LOG_SCALES = [x / 2 for x in range(36, 81)]
+_TRIES = 256
 
 
 class LogitsTooLarge(ModelError):
@@ -35,165 +38,188 @@ class LogitsTooLarge(ModelError):
         self.factor = factor
 
 
-@dataclass(frozen=True)
-class Stats:
-    """What calibration says of one map: its input, its multipliers, its output."""
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """A program whose scales are still to be chosen.
 
-    rms_in: float  # over slots; of complex ones the modulus
-    power: float  # mean over slots of the sum of squared multipliers
-    weight_power: float  # mean squared weight
-    products: int
-    baby_turns: int
-    giant_turns: int
-    folds: tuple[tuple[int, bool], ...]  # turns in each group, and whether it adds the conjugate
-    copies: int  # positions that hold the same output
-    max_out: float  # over slots, undefined ones too
-    rms_out: float
+    ops    at their levels, their scales without meaning
+    stats  of each
+    ties   index of an operation that multiplies with plaintexts -> value whose scale it takes
+    """
+
+    ops: tuple[Op, ...]
+    stats: tuple[Stats, ...]
+    ties: Mapping[int, int]
+
+    @property
+    def free(self) -> list[int]:
+        """Operations that choose their scale."""
+        return [i for i, op in enumerate(self.ops) if isinstance(op, Linear) and i not in self.ties]
+
+    def scales(self, chosen: Sequence[float], parameters: Parameters) -> list[float]:
+        """Of every value: the input's and the free ones' as `chosen`, in their order; the rest follows."""
+        left = iter(chosen)
+        values = [next(left)]
+        for i, op in enumerate(self.ops):
+            read = [values[i + 1 - back] for back in op.backs]
+            if isinstance(op, Linear):
+                values.append(values[self.ties[i]] if i in self.ties else next(left))
+            elif isinstance(op, SquareOp | ProductOp):
+                values.append(read[0] * read[-1] / parameters.primes[op.level])
+            else:
+                values.append(read[0])
+        return values
 
 
 def choose_scales(
-    maps: Sequence[Affine], stats: Sequence[Stats], parameters: Parameters, like: TailSpec | None
+    draft: Draft, parameters: Parameters, like: TailSpec | None, hoisted: bool = False
 ) -> list[float]:
-    """[input scale, scale after each map]: coordinate descent on the predicted output noise.
+    """Scales of the input and of each free operation: coordinate descent on the predicted output noise.
 
-    First and last are those of `like`, where it is given.
+    First and last are those of `like`, where it is given. hoisted: as for `propagate`
     """
-    final = parameters.primes[0] / max(HEADROOM * stats[-1].max_out, LEAST_ROOM)
-    scales = [2.0**30] * len(maps) + [final]
+    ops, last = draft.ops, draft.stats[-1]
+    final = parameters.primes[0] / max(HEADROOM * last.max_out, LEAST_ROOM)
+    free = draft.free
+    scales = [*_start(draft, parameters, final), final]
     if like is not None:
         largest = parameters.primes[0] / (LIKE_HEADROOM * like.reply.scale)
-        if stats[-1].max_out > largest:
+        if last.max_out > largest:
             raise LogitsTooLarge(
-                f"{maps[-1].name}: logits reach {stats[-1].max_out:.3g} on calibration data, but devices "
+                f"{ops[-1].name}: logits reach {last.max_out:.3g} on calibration data, but devices "
                 f"read up to {largest:.3g}: train with a range penalty, shrink the last layer, or hand out "
                 "a new edge.bt",
-                largest / stats[-1].max_out,
+                largest / last.max_out,
             )
         scales[0], scales[-1] = like.input_scale, min(final, like.reply.scale)
     for _ in range(3):
-        for i in range(0 if like is None else 1, len(maps)):
+        for i in range(0 if like is None else 1, len(free)):
             best = (math.inf, scales[i])
             for log_scale in _LOG_SCALES:
                 trial = [*scales[:i], 2.0**log_scale, *scales[i + 1 :]]
-                if _fits(trial, stats, parameters):
-                    best = min(best, (_typical(stats, trial, parameters), trial[i]))
+                if _fits(draft, trial, parameters):
+                    best = min(best, (_typical(draft, trial, parameters, hoisted), trial[i]))
             if math.isinf(best[0]):
                 continue
             scales[i] = best[1]
-    if not _fits(scales, stats, parameters):
-        worst = max(range(len(maps)), key=lambda i: stats[i].max_out)
+    if not _fits(draft, scales, parameters):
+        worst = max(free, key=lambda i: draft.stats[i].max_out)
         raise ModelError(
-            f"{maps[worst].name}: values reach {stats[worst].max_out:.3g} on calibration data, too large for "
-            "the modulus; add a range penalty in training, or normalise before the activation"
+            f"{ops[worst].name}: values reach {draft.stats[worst].max_out:.3g} on calibration data, too "
+            "large for the modulus; add a range penalty in training, or normalise before the activation"
         )
     if like is not None:
-        scales = _landing_on([*scales[:-1], like.reply.scale], parameters)
+        scales[-1] = like.reply.scale
     return [float(s) for s in scales]
 
 
-def _typical(stats: Sequence[Stats], scales: Sequence[float], parameters: Parameters) -> float:
+def _start(draft: Draft, parameters: Parameters, final: float) -> list[float]:
+    """Equal scales that fit, 2^30 or the next best; 2^30 where none does."""
+    many = len(draft.free)
+    for log_scale in (30.0, *reversed(_LOG_SCALES)):
+        scales = [2.0**log_scale] * many
+        if _fits(draft, [*scales, final], parameters):
+            return scales
+    return [2.0**30] * many
+
+
+def _typical(draft: Draft, chosen: Sequence[float], parameters: Parameters, hoisted: bool) -> float:
     """The noise that scales end with; infinite where squares drive it out of range."""
     try:
-        return propagate(stats, scales, parameters).typical
+        scales = draft.scales(chosen, parameters)
+        return propagate(draft.ops, draft.stats, scales, parameters, hoisted).typical
     except OverflowError:
         return math.inf
 
 
-def _landing_on(scales: Sequence[float], parameters: Parameters) -> list[float]:
-    """The last scale is fixed: moves the one before by parts in 10^12 until a plaintext leads there."""
-    for step in range(256):
-        trial = list(scales)
-        if len(scales) > 2:
-            trial[-2] *= 1 + step * 2.0**-40
-        level, scale = parameters.max_level, trial[0]
-        for target in trial[1:-1]:
-            scale = landing_scale(scale, target, parameters.primes[level])
-            scale = scale * scale / parameters.primes[level - 1]
-            level -= 2
-        if leading_scale(scale, trial[-1], parameters.primes[level]) is not None:
-            return trial
-    raise ModelError("no scale of the last map leads to the one that devices expect: hand out a new edge.bt")
-
-
-def _fits(scales: Sequence[float], stats: Sequence[Stats], parameters: Parameters) -> bool:
+def _fits(draft: Draft, chosen: Sequence[float], parameters: Parameters) -> bool:
     """|value| * scale < q / 4 before and after every rescale, and plaintexts worth encoding."""
-    level, scale = parameters.max_level, scales[0]
-    for index, (target, s) in enumerate(zip(scales[1:], stats, strict=True)):
-        plain = target * parameters.primes[level] / scale
-        if not 2.0**12 <= plain <= 2.0**50:
-            return False
-        level -= 1
-        modulus = math.prod(parameters.primes[: level + 1])
-        if s.max_out * target * HEADROOM > modulus * (1 + 1e-9):
-            return False
-        scale = target
-        if index < len(stats) - 1:
-            if s.max_out**2 * scale**2 * HEADROOM > modulus:
+    scales = draft.scales(chosen, parameters)
+    for index, (op, s) in enumerate(zip(draft.ops, draft.stats, strict=True)):
+        read, target = [scales[index + 1 - back] for back in op.backs], scales[index + 1]
+        after = math.prod(parameters.primes[: op.out_level + 1])
+        if isinstance(op, Linear):
+            q = parameters.primes[op.level]
+            if not all(2.0**12 <= target * q / scale <= 2.0**50 for scale in read):
                 return False
-            scale = scale * scale / parameters.primes[level]
-            level -= 1
-            if scale < 2.0**16:
+            if s.max_out * target * HEADROOM > after * (1 + 1e-9):
                 return False
+        elif isinstance(op, SquareOp | ProductOp):
+            if s.max_out * read[0] * read[-1] * HEADROOM > after * parameters.primes[op.level]:
+                return False
+            if target < 2.0**16:
+                return False
+        if s.max_out * target * HEADROOM > after * (1 + 1e-9):
+            return False
     return True
 
 
-@dataclass(frozen=True)
-class Noise:
-    """Slot variances in the logits, copies averaged, in units of the final scale."""
+def with_scales(
+    draft: Draft, chosen: Sequence[float], parameters: Parameters, exact_end: bool = False
+) -> tuple[Op, ...]:
+    """The operations with scales to the last bit, next to those chosen.
 
-    typical: float
-    worst: float  # in the slots that `noise.keyswitch_peak` hits
+    exact_end  the last one's is not next to the chosen one, but it
 
-
-def propagate(stats: Sequence[Stats], scales: Sequence[float], parameters: Parameters) -> Noise:
-    """Follow the noise through the program.
-
-    `peak` is a slot's excess (`noise.keyswitch_peak`), which sums do not average:
-    of the slots hit in the last map, before that of all hit slots together.
+    Where operands cannot be brought to one scale to the last bit, what comes before moves by
+    parts in 10^12 until they can. Raises `ModelError` when nothing helps.
     """
-    level, scale = parameters.max_level, scales[0]
-    variance, peak = noise.fresh(parameters), 0.0
-    for index, (target, s) in enumerate(zip(scales[1:], stats, strict=True)):
-        q = parameters.primes[level]
-        plain = target * q / scale
-        switch, excess = noise.keyswitch(parameters, level), noise.keyswitch_peak(parameters, level)
-        variance = (variance + (switch if s.baby_turns else 0.0)) * s.power * plain**2
-        variance += s.products * noise.encoding(parameters) * (scale * s.rms_in) ** 2
-        variance += s.giant_turns * switch
-        # An input element's excess reaches every output through one weight each; a
-        # rotated copy's own stays in the slots that it hits, one per giant step.
-        variance += peak * s.weight_power * plain**2
-        hits = s.giant_turns + 1
-        peak = excess * (s.power * plain**2 * (s.baby_turns > 0) / hits + (s.giant_turns > 0))
-        level -= 1
-        variance, peak = variance / q**2 + noise.rounding(parameters), peak / q**2
-        switch, excess = noise.keyswitch(parameters, level), noise.keyswitch_peak(parameters, level)
-        scale = target
-        if index == len(stats) - 1:
-            # Folding merges copies, noise and all: averaging them afterwards gains
-            # only on what was added since. A sum over r merged copies, averaged over
-            # `copies`, keeps r^2 / copies of a slot's variance.
-            # What group i adds, m rotations of one ciphertext, is merged by those after it.
-            merged, later = 1.0, 0.0
-            for m, _ in reversed(s.folds):
-                later += m * merged**2
-                merged *= m + 1
-            variance = (variance * merged**2 + switch * later + noise.encoding(parameters)) / s.copies
-            peak = (peak * merged**2 + excess * later) / s.copies**2
-            return Noise(variance, variance + peak)
-        peak *= hits
-        for m, conjugate in s.folds:
-            # x and its conjugate have the same real part: it doubles, noise and all.
-            merged = (m + 1) * (2 if conjugate else 1)
-            variance, peak = merged * variance + m * switch, (4 if conjugate else 1) * peak + m * excess
-        variance += noise.encoding(parameters)
-        q = parameters.primes[level]
-        gain = 4 * (s.rms_out * scale) ** 2
-        variance = (gain * variance + 2 * variance**2 + switch) / q**2 + noise.rounding(parameters)
-        peak = (gain * peak + excess) / q**2
-        scale = scale * scale / q
-        level -= 1
-    raise AssertionError("a tail has at least one map")
+    for step in range(_TRIES):
+        moved = [chosen[0], *(s * (1 + step * 2.0**-40) for s in chosen[1:-1]), chosen[-1]]
+        made = _exact(draft, moved, parameters, exact_end)
+        if made is not None:
+            return made
+    raise ModelError("no scale of the last map leads to the one that devices expect: hand out a new edge.bt")
 
 
-__all__ = ["HEADROOM", "LIKE_HEADROOM", "LogitsTooLarge", "Noise", "Stats", "choose_scales", "propagate"]
+def _exact(
+    draft: Draft, chosen: Sequence[float], parameters: Parameters, exact_end: bool
+) -> tuple[Op, ...] | None:
+    left = iter(chosen)
+    values, made = [next(left)], list[Op]()
+    for i, op in enumerate(draft.ops):
+        read = tuple(values[i + 1 - back] for back in op.backs)
+        q = parameters.primes[op.level]
+        if isinstance(op, Linear):
+            if i in draft.ties:
+                target = values[draft.ties[i]]
+            else:
+                target = next(left)
+                if not (exact_end and i + 1 == len(draft.ops)):
+                    target = _landing(read, target, q)
+            if any(leading_scale(scale, target, q) is None for scale in read):
+                return None
+            made.append(_linear(op, read, target))
+        elif isinstance(op, SquareOp):
+            target = read[0] * read[0] / q
+            made.append(replace(op, in_scale=read[0], out_scale=target))
+        elif isinstance(op, ProductOp):
+            target = read[0] * read[1] / q
+            made.append(replace(op, in_scales=(read[0], read[1]), out_scale=target))
+        else:
+            if len(set(read)) > 1:
+                return None
+            target = read[0]
+            made.append(replace(op, scale=target))
+        values.append(target)
+    return tuple(made)
+
+
+def _landing(read: Sequence[float], target: float, q: int) -> float:
+    """The scale next to `target` that products of plaintexts with all operands can land on."""
+    found = landing_scale(read[0], target, q)
+    for step in range(_TRIES):
+        if all(leading_scale(scale, found, q) is not None for scale in read[1:]):
+            return found
+        found = landing_scale(read[0], target * (1 + (step + 1) * 2.0**-48), q)
+    return found
+
+
+def _linear(op: MapOp | ScaleOp, read: Sequence[float], target: float) -> Op:
+    if isinstance(op, ScaleOp):
+        return replace(op, in_scales=tuple(read), out_scale=target)
+    others = tuple(replace(term, in_scale=scale) for term, scale in zip(op.others, read[1:], strict=True))
+    return op.at(op.level, read[0], target, others)
+
+
+__all__ = ["HEADROOM", "LIKE_HEADROOM", "Draft", "LogitsTooLarge", "choose_scales", "with_scales"]

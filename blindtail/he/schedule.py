@@ -16,10 +16,15 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
+
 from blindtail.errors import ModelError
-from blindtail.he import cost, slotmaps
+from blindtail.he import cost, grids, slotmaps
+from blindtail.he.assemble import activation_ops
 from blindtail.he.container import HEADER_BYTES, SEED_BYTES
-from blindtail.he.layers import Affine
+from blindtail.he.cost import Counts
+from blindtail.he.elementwise import ScaleOp
+from blindtail.he.normal import Normal
 from blindtail.he.operations import Groups, in_slots
 from blindtail.he.packing import packed_bytes
 from blindtail.he.params import Parameters
@@ -32,8 +37,6 @@ BACKEND = "native"
 DEFAULT_KEY_BYTES = 30_000_000
 #: Of two choices this close in time, the one with fewer bytes of keys.
 CLOSE = 1.02
-#: Shares of an inner sum's copies that may be left unused: fewer folds, more offsets.
-_SHARES = (1, 2)
 #: Bytes of a plaintext's or key's word, for primes below 2^30.
 WORD_BYTES = 4
 #: Doubling steps that one fold group may replace, and how many states each map hands on.
@@ -126,7 +129,7 @@ def default_budget(parameters: Parameters) -> int:
 
 
 def choose(
-    maps: Sequence[Affine],
+    tail: Normal,
     firsts: Sequence[tuple[Layout, slotmaps.Arrangement]],
     parameters: Parameters,
     last_period: int,
@@ -147,11 +150,11 @@ def choose(
     """
     if held is not None:
         allowed = {key.element: key.level for key in held if key.element}
-        states = search(maps, firsts, parameters, last_period, allowed=allowed)
+        states = search(tail, firsts, parameters, last_period, allowed=allowed)
         exact = [s for s in states if _elements(parameters, s.needs) == allowed]
         if exact:
             return _result(min(exact, key=lambda s: s.price))
-    states = search(maps, firsts, parameters, last_period)
+    states = search(tail, firsts, parameters, last_period)
     least = min(state.key_bytes for state in states)
     limit = max(default_budget(parameters), least) if budget is None else budget
     if least > limit:
@@ -178,7 +181,7 @@ def _elements(parameters: Parameters, needs: Mapping[int, int]) -> dict[int, int
 
 
 def search(
-    maps: Sequence[Affine],
+    tail: Normal,
     firsts: Sequence[tuple[Layout, slotmaps.Arrangement]],
     parameters: Parameters,
     last_period: int,
@@ -186,44 +189,85 @@ def search(
     weights: Weights = _FASTEST,
     allowed: Mapping[int, int] | None = None,
     exhaustive: bool = False,
+    ways: grids.Ways | None = None,
+    periodic: bool = False,
 ) -> list[State]:
     """States after the last map that no other beats in both price and keys, as far as was looked.
 
     weights     what the price is
     allowed     keys by Galois element and their levels: states that need no other, all of them
     exhaustive  leave nothing out: minutes for three maps
+    ways        of these maps in this ring, where they were made already
+    periodic    the last map but one ends with copies of its outputs: at the cost of time, the
+                last one needs fewer folds, whose noise is large beside q_0
     """
-    # By layout, because all that follows depends on nothing else.
-    level = parameters.max_level
-    sizes = [key_bytes(parameters, at) for at in range(level + 1)]
-    relinearise = sizes[level - 1] if len(maps) > 1 else 0
-    states: dict[Layout, list[State]] = {}
+    top, n = parameters.max_level, parameters.ring_degree
+    sizes = [key_bytes(parameters, at) for at in range(top + 1)]
+    levels = [top - depth for depth in tail.depths[0]]
+    # By the layouts of values that are still read, because all that follows depends on nothing else.
+    states: dict[tuple[Layout, ...], list[State]] = {}
+    ways = ways or grids.Ways(tail, parameters.slots, firsts[0][0].lanes)
     pruned = allowed is None and not exhaustive
-    asked = cost.seconds(BACKEND, parameters.ring_degree, [])  # what every request costs
-    nothing = Spent(asked, cost.seconds(BACKEND, parameters.ring_degree, [], part="online"), 0)
+    asked = cost.seconds(BACKEND, n, [])  # what every request costs
+    nothing = Spent(asked, cost.seconds(BACKEND, n, [], part="online"), 0)
+    relinearise = relinearisation(tail, top)
+    own = HEADER_BYTES + (sizes[relinearise] if relinearise else 0)
     for first, arrangement in firsts:
-        start = State(nothing, weights.price(nothing), HEADER_BYTES + relinearise, {}, first, ())
-        parts = _Parts(arrangement, first.lanes, level, parameters.ring_degree, weights, True)
+        if periodic and len(tail.maps) == 2 and not grids.repeats(arrangement):
+            continue
+        start = State(nothing, weights.price(nothing), own, {}, first, ())
+        parts = _Parts(arrangement, first.lanes, levels[0], n, weights, tail.is_chain)
         made = _extend([start], parts, parameters, sizes, allowed, pruned)
-        states.setdefault(arrangement.out_layout, []).extend(made)
-    for index, step in enumerate(maps[1:], start=1):
-        level -= 2
-        squared = _squared(level + 1, parameters.ring_degree, index == 1)
-        rows, following = step.weight.shape[0], dict[Layout, list[State]]()
-        for layout, before in states.items():
+        if made:  # all with the same layouts
+            states.setdefault(_live(tail, made[0]), []).extend(made)
+    for index in range(1, len(tail.maps)):
+        activated = _activated(tail, index - 1, levels[index - 1] - 1, n)
+        following: dict[tuple[Layout, ...], list[State]] = {}
+        for before in states.values():
             handed: Sequence[State] = before if exhaustive else _fewer(before, pruned)
-            waiting = [_after(s, squared, weights) for s in (_thinned(handed) if pruned else handed)]
-            if index == len(maps) - 1:
-                ways = [slotmaps.outer(layout, rows, last_period)]
-            else:
-                summed = (slotmaps.inner(layout, rows, share) for share in _SHARES)
-                ways = [slotmaps.outer(layout, rows), *(made for made in summed if made is not None)]
-            for arrangement in ways:
-                parts = _Parts(arrangement, layout.lanes, level, parameters.ring_degree, weights, False)
+            waiting = [_after(s, activated, weights) for s in (_thinned(handed) if pruned else handed)]
+            layouts = tuple(_layout(waiting[0], value) for value, _ in tail.sources(index))
+            main = layouts[0]
+            for arrangement in ways.later(index, layouts, last_period):
+                if periodic and index == len(tail.maps) - 2 and not grids.repeats(arrangement):
+                    continue
+                parts = _Parts(arrangement, main.lanes, levels[index], n, weights, False)
                 made = _extend(waiting, parts, parameters, sizes, allowed, pruned)
-                following.setdefault(arrangement.out_layout, []).extend(made)
+                if made:
+                    following.setdefault(_live(tail, made[0]), []).extend(made)
         states = following
     return [state for held in states.values() for state in _fewer(held, pruned)]
+
+
+def _layout(state: State, value: int) -> Layout:
+    """Of a value: the input's, or what an activation keeps of its map's."""
+    return state.first if value == 0 else state.steps[value - 1].arrangement.out_layout
+
+
+def _live(tail: Normal, state: State) -> tuple[Layout, ...]:
+    """Layouts of the values that maps to come read."""
+    done = len(state.steps)
+    read = {value for index in range(done, len(tail.maps)) for value, _ in tail.sources(index)}
+    return tuple(_layout(state, value) for value in sorted(read) if value <= done)
+
+
+def relinearisation(tail: Normal, top: int) -> int:
+    """The highest level of a product of ciphertexts, for an input at level `top`; 0 where there is none."""
+    # An activation's first product is at the level of its map's result.
+    found = [
+        top - at - 1 for at, act in zip(tail.depths[0], tail.activations, strict=False) if act.degree > 1
+    ]
+    return max(found, default=0)
+
+
+def _activated(tail: Normal, index: int, level: int, n: int) -> Spent:
+    """An activation; a plain square behind the first map is cheaper with a ticket."""
+    if tail.activations[index].coefficients is None:
+        return _squared(level, n, index == 0 and tail.is_chain)
+    ops = activation_ops(tail.activations[index], level)
+    seconds = cost.seconds(BACKEND, n, [cost.count(op, BACKEND) for op in ops], request=False)
+    plain = sum((len(op.backs) * (op.level + 2) + op.level) for op in ops if isinstance(op, ScaleOp))
+    return Spent(seconds, seconds, plain * n * WORD_BYTES)
 
 
 def _squared(level: int, n: int, first: bool) -> Spent:
@@ -249,9 +293,10 @@ class _Parts:
     first: bool  # of the tail: a ticket covers it
 
     def splits(self) -> Sequence[_Part]:
-        unit = self.arrangement.stride
-        counted = self.arrangement.offsets // unit
-        return _splits(counted, unit * self.lanes, self.level, self.n, self.weights, self.first)
+        made = self.arrangement
+        main = made.used or tuple(range(0, made.offsets, made.stride))
+        counted = tuple(tuple(k // made.stride for k in offsets) for offsets in (main, *made.more))
+        return _splits(counted, made.stride * self.lanes, self.level, self.n, self.weights, self.first)
 
     def folds(self) -> Sequence[_Part]:
         made = self.arrangement
@@ -294,16 +339,29 @@ def _within(part: _Part, parameters: Parameters, allowed: Mapping[int, int]) -> 
 
 
 @lru_cache(maxsize=256)
-def _splits(count: int, unit: int, level: int, n: int, weights: Weights, first: bool) -> tuple[_Part, ...]:
-    """Baby steps for each number of giant steps, and powers of two, which share keys with folds."""
+def _splits(
+    operands: tuple[tuple[int, ...], ...], unit: int, level: int, n: int, weights: Weights, first: bool
+) -> tuple[_Part, ...]:
+    """Baby steps for each number of giant steps, and powers of two, which share keys with folds.
+
+    operands  offsets that are used, rising, in `unit` slots, of each
+    """
+    most = max(offsets[-1] for offsets in operands)
+    count = most + 1
     wanted = {-(-count // giants) for giants in range(1, count + 1)}
     wanted |= {1 << bit for bit in range(count.bit_length())}
-    found = []
+    every, found = [np.asarray(offsets) for offsets in operands], []
     for baby in sorted(wanted):
-        giants = -(-count // baby) - 1
-        turns = [*range(1, baby), *([baby] if giants else [])]
-        spent = _spent(level, n, (baby - 1, giants, count, ()), first)
-        needs = tuple((r * unit, level) for r in turns)
+        giants = most // baby
+        turns = [np.unique(offsets % baby) for offsets in every]
+        turned = sum(int(np.count_nonzero(found)) for found in turns)
+        spent = _spent(level, n, (turned, giants, sum(map(len, operands)), ()), first)
+        # Further operands have digits of their own.
+        digits = Counts(0, 0, (len(operands) - 1) * (level + 1) * (level + 2), 0, 0)
+        apart = cost.seconds(BACKEND, n, [digits], request=False)
+        spent = spent.plus(Spent(apart, apart, 0))
+        steps = [int(b) for b in np.unique(np.concatenate(turns)) if b]
+        needs = tuple((r * unit, level) for r in (*steps, *([baby] if giants else [])))
         found.append(_Part(spent, weights.price(spent), needs, baby=baby))
     return tuple(found)
 
@@ -395,5 +453,6 @@ __all__ = [
     "choose",
     "default_budget",
     "key_bytes",
+    "relinearisation",
     "search",
 ]

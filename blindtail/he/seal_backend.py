@@ -18,7 +18,8 @@ from blindtail.errors import EvaluationFailed, KeysMissing
 from blindtail.he import container, sealio
 from blindtail.he.backends import Evaluator, Keys, Ticket, no_ticket, write_atomically
 from blindtail.he.container import Seeded
-from blindtail.he.program import RELINEARISE, MapOp, Program
+from blindtail.he.program import RELINEARISE, Linear, Program, SumOp
+from blindtail.he.spec import SlotArray
 
 _PREPARED = struct.Struct("<8s32sQQ")
 _PREPARED_MAGIC = b"BLTSEAL1"
@@ -34,24 +35,25 @@ class SealEvaluator(Evaluator):
         self._seal = sealio.SealContext.of(program.spec.parameters)
         api = sealio.api()
         self._evaluator = api.Evaluator(self._seal.context)
-        self._plain: dict[tuple[int, int, int], Any] = {}
+        self._plain: dict[tuple[int, int, int, int], Any] = {}
         self._bias: dict[int, Any] = {}
         for index, op in enumerate(program.ops):
-            if isinstance(op, MapOp):
+            if isinstance(op, Linear):
                 self._encode(index, op)
+            elif isinstance(op, SumOp) and op.constant is not None:
+                self._bias[index] = self._encoded(op.bias_slots(), op.level, op.scale)
 
-    def _encode(self, index: int, op: MapOp) -> None:
-        lanes, parameters = op.in_layout.lanes, self.spec.parameters
-        scale = op.plain_scale(parameters)
-        for giant, baby, values in op.steps():
-            plain = sealio.api().Plaintext()
-            slots = np.repeat(values, lanes).tolist()
-            self._seal.encoder.encode(slots, self._seal.parms_ids[op.level], scale, plain)
-            self._plain[index, giant, baby] = plain
+    def _encode(self, index: int, op: Linear) -> None:
+        for term, giant, baby, values in op.steps():
+            scale = op.plain_scale(self.spec.parameters, term)
+            self._plain[index, term, giant, baby] = self._encoded(values, op.level, scale)
+        self._bias[index] = self._encoded(op.bias_slots(), op.out_level, op.out_scale)
+
+    def _encoded(self, positions: SlotArray, level: int, scale: float) -> Any:
         plain = sealio.api().Plaintext()
-        slots = np.repeat(op.bias_slots(), lanes).tolist()
-        self._seal.encoder.encode(slots, self._seal.parms_ids[op.level - 1], op.out_scale, plain)
-        self._bias[index] = plain
+        slots = np.repeat(positions, self.spec.lanes).tolist()
+        self._seal.encoder.encode(slots, self._seal.parms_ids[level], scale, plain)
+        return plain
 
     def prepare_keys(self, source: Path, target: Path) -> int:
         spec = self.spec
@@ -73,7 +75,7 @@ class SealEvaluator(Evaluator):
             list(sealio.keyswitch_stream(key_id, n, iter(galois))),
         ]
         sizes = [sum(len(part) for part in body) for body in bodies]
-        head = _PREPARED.pack(_PREPARED_MAGIC, bytes.fromhex(spec.program_id), sizes[0] + 16, sizes[1] + 16)
+        head = _PREPARED.pack(_PREPARED_MAGIC, bytes.fromhex(spec.keys_id), sizes[0] + 16, sizes[1] + 16)
 
         def parts() -> Iterator[bytes | memoryview]:
             yield head
@@ -99,7 +101,7 @@ class SealEvaluator(Evaluator):
         try:
             with prepared.open("rb") as file:
                 magic, program, relin_bytes, galois_bytes = _PREPARED.unpack(file.read(_PREPARED.size))
-                if magic != _PREPARED_MAGIC or program != bytes.fromhex(self.spec.program_id):
+                if magic != _PREPARED_MAGIC or program != bytes.fromhex(self.spec.keys_id):
                     raise KeysMissing(
                         "the stored evaluation keys belong to another program; upload them again"
                     )
@@ -148,9 +150,9 @@ class _SealOperations:
         self._evaluator.apply_galois(ct, element, self._galois, out)
         return out
 
-    def multiply_diagonal(self, ct: Any, op: int, giant: int, baby: int) -> Any:
+    def multiply_diagonal(self, ct: Any, op: int, term: int, giant: int, baby: int) -> Any:
         out = self._new()
-        self._evaluator.multiply_plain(ct, self._owner._plain[op, giant, baby], out)
+        self._evaluator.multiply_plain(ct, self._owner._plain[op, term, giant, baby], out)
         return out
 
     def add(self, a: Any, b: Any) -> Any:
@@ -159,8 +161,9 @@ class _SealOperations:
         return out
 
     def add_bias(self, ct: Any, op: int) -> Any:
-        self._evaluator.add_plain_inplace(ct, self._owner._bias[op])
-        return ct
+        out = self._new()
+        self._evaluator.add_plain(ct, self._owner._bias[op], out)
+        return out
 
     def rescale(self, ct: Any) -> Any:
         self._evaluator.rescale_to_next_inplace(ct)
@@ -170,6 +173,20 @@ class _SealOperations:
         out = self._new()
         self._evaluator.square(ct, out)
         self._evaluator.relinearize_inplace(out, self._relin)
+        return out
+
+    def product(self, a: Any, b: Any) -> Any:
+        out = self._new()
+        self._evaluator.multiply(a, b, out)
+        self._evaluator.relinearize_inplace(out, self._relin)
+        return out
+
+    def lower(self, ct: Any, level: int) -> Any:
+        parms_id = self._owner._seal.parms_ids[level]
+        if ct.parms_id() == parms_id:
+            return ct
+        out = self._new()
+        self._evaluator.mod_switch_to(ct, parms_id, out)
         return out
 
 

@@ -33,7 +33,7 @@ _HEADROOM = 4.0
 
 
 class SecretKey:
-    """A secret key for one program. Its repr shows nothing; it is never pickled.
+    """A secret key for one program, or one chain of segments. Its repr shows nothing; it is never pickled.
 
     evaluation_sha256  SHA-256 (32 bytes) of the evaluation keys' container made with it
     """
@@ -73,7 +73,7 @@ class SecretKey:
     def save(self, path: Path) -> None:
         """Write to `path`, mode 0600, whole or not at all."""
         body = sealio.saved_members(self._key)
-        head = _FILE.pack(_MAGIC, bytes.fromhex(self.spec.program_id), self.evaluation_sha256, len(body))
+        head = _FILE.pack(_MAGIC, bytes.fromhex(self.spec.keys_id), self.evaluation_sha256, len(body))
         write_atomically(path, [head, hashlib.sha256(head + body).digest(), body], mode=0o600)
 
     @classmethod
@@ -91,7 +91,7 @@ class SecretKey:
         digest = hashlib.sha256(data[: _FILE.size] + body).digest()
         if magic != _MAGIC or size != len(body) or digest != data[_FILE.size : _FILE.size + 32]:
             raise ContainerError("the secret key file is damaged; generate new keys")
-        if program != bytes.fromhex(spec.program_id):
+        if program != bytes.fromhex(spec.keys_id):
             raise ContainerError("the secret key belongs to another program; generate new keys")
         seal = sealio.SealContext.of(spec.parameters)
         try:

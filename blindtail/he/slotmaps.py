@@ -26,11 +26,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blindtail.errors import ModelError
+from blindtail.he.diagonals import repeat_length
 from blindtail.he.layers import FloatArray
 from blindtail.he.operations import Groups
 from blindtail.he.spec import GARBAGE, ZERO, Layout
 
 IntArray = NDArray[np.int32]
+
+#: Smallest period of a reply, in slots: 2 * 16 coefficients of c0 travel.
+LEAST_PERIOD = 16
+
+
+class TooWide(ModelError):
+    """More elements than a ciphertext of this ring holds: a larger ring may."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +49,7 @@ class Arrangement:
     adding the conjugate, once, where the input is `complex_input`.
     """
 
-    kind: str  # "outer" or "inner"
+    kind: str  # "outer", "inner" or "grid"
     period: int  # positions after which finished outputs repeat (all of them for an inner sum)
     rows: IntArray
     offsets: int
@@ -50,6 +58,31 @@ class Arrangement:
     fold_bits: int
     out_layout: Layout
     complex_input: bool = False
+    used: tuple[int, ...] | None = None  # offsets with something to multiply; None: all of them
+    more: tuple[tuple[int, ...], ...] = ()  # the same of further operands
+
+    @property
+    def copies(self) -> int:
+        """Of each finished output, as far as outputs repeat."""
+        return len(self.rows) // self.period
+
+    @property
+    def scattered(self) -> bool:
+        """Whether rows leave many positions empty, so that a mean over all says little of theirs."""
+        least = max(power_of_two(self.out_layout.size), LEAST_PERIOD // self.out_layout.lanes)
+        return self.kind == "grid" or (self.kind == "outer" and self.period // self.stride > least)
+
+
+def alike(arranged: Sequence[Arrangement], index: int) -> int:
+    """Copies of the last map's input with the same noise, where folds merged it: not averaged.
+
+    Where that map's rows are scattered; of others it counts as 1.
+    """
+    if not 0 < index == len(arranged) - 1 or not arranged[index].scattered:
+        return 1
+    before = arranged[index - 1]
+    # Windows of so many of the copies that there are: sums of all but the same ones.
+    return min(1 << before.fold_bits, before.copies)
 
 
 def power_of_two(n: int) -> int:
@@ -72,14 +105,14 @@ def first_maps(
     each = period or power_of_two(rows)
     if each > positions or power_of_two(-(-size // 2)) > positions:
         what, holds = ("layer", positions) if each > positions else ("activation", 2 * positions)
-        raise ModelError(
+        raise TooWide(
             f"the {what} at the cut has {max(size, rows)} elements, a ciphertext holds {holds} a lane: "
             "cut later, add a bottleneck, or use fewer lanes"
         )
     found = []
     for held in _halves(size):
         if power_of_two(held) <= positions:
-            content = _spread(held, each, positions)
+            content = spread(held, each, positions)
             arrangement = outer(Layout(held, lanes, tuple(content.tolist())), rows, period)
             found.append(_at_the_cut(size, lanes, content, arrangement, held))
         gathered = _gathered(weight, positions, lanes, held < size) if period is None else None
@@ -104,7 +137,7 @@ def _at_the_cut(
     return layout, replace(arrangement, complex_input=True)
 
 
-def _spread(size: int, period: int, positions: int) -> IntArray:
+def spread(size: int, period: int, positions: int) -> IntArray:
     """A content in which row groups (runs of `period` positions) start at evenly spread elements.
 
     With t copies, group j starts at j `period` / t on a circle of `positions` / t, so
@@ -128,20 +161,22 @@ def _gathered(
     read the same elements, or where the copies do not fit.
     halved  the second half of each copy's elements as imaginary parts
     """
-    if weight.all():
+    widest = int(np.count_nonzero(weight, axis=1).max())
+    reads = _halves(widest)[-1] if halved else widest
+    if weight.all() or 2 * power_of_two(reads) > positions:  # two sets of rows at least
         return None
-    sets, belongs = np.unique(weight != 0, axis=0, return_inverse=True)
+    # Eight to a byte: rows of thousands of elements are compared whole.
+    sets, belongs = np.unique(np.packbits(weight != 0, axis=1), axis=0, return_inverse=True)
     belongs = belongs.reshape(-1)
     if len(sets) < 2:
         return None
-    groups, widest = power_of_two(len(sets)), int(sets.sum(axis=1).max())
-    reads = _halves(widest)[-1] if halved else widest
+    groups = power_of_two(len(sets))
     members: list[IntArray] = [np.flatnonzero(belongs == i).astype(np.int32) for i in range(len(sets))]
     members.sort(key=lambda rows: int(rows[0]))
     each = power_of_two(max(len(rows) for rows in members))
     if groups * max(power_of_two(reads), each) > positions:
         return None
-    within = _spread(reads, each, positions // groups)
+    within = spread(reads, each, positions // groups)
     small = outer(Layout(reads, lanes, tuple(within.tolist())), each)
     content = np.full((positions // groups, groups), ZERO, np.int32)
     imaginary = content.copy()
@@ -174,10 +209,10 @@ def outer(in_layout: Layout, rows: int, period: int | None = None) -> Arrangemen
     positions = len(content)
     period = period or power_of_two(rows)
     if period > positions:
-        raise ModelError(f"a map of {rows} outputs does not fit {positions} positions")
+        raise TooWide(f"a map of {rows} outputs does not fit {positions} positions")
     own = np.arange(positions) % period
     assigned = np.where(own < rows, own, -1).astype(np.int32)
-    repeat = max(period, _content_period(content))
+    repeat = max(period, repeat_length(content))
     offsets = _offsets_needed(content[:repeat], period, in_layout.size)
     bits = (repeat // period).bit_length() - 1
     out = Layout(rows, in_layout.lanes, tuple(np.where(own < rows, own, ZERO).tolist()))
@@ -191,7 +226,7 @@ def inner(in_layout: Layout, rows: int, share: int = 1) -> Arrangement | None:
     """
     content = in_layout.index
     positions = len(content)
-    block = _content_period(content)
+    block = repeat_length(content)
     blocks = positions // block
     each = power_of_two(-(-rows // blocks)) * share
     if (content[:block] == GARBAGE).any() or each > block or block == positions:
@@ -210,15 +245,6 @@ def inner(in_layout: Layout, rows: int, share: int = 1) -> Arrangement | None:
     return Arrangement(
         "inner", positions, assigned, each, 1, each, bits, Layout(rows, in_layout.lanes, tuple(out.tolist()))
     )
-
-
-def _content_period(content: IntArray) -> int:
-    period = 1
-    while period < len(content):
-        if (content.reshape(-1, period) == content[:period]).all():
-            return period
-        period *= 2
-    return len(content)
 
 
 def _offsets_needed(content: IntArray, period: int, size: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,9 @@ SlotArray = NDArray[Any]
 
 #: Content of a slot that holds zero, and of one that holds something undefined.
 ZERO, GARBAGE = -1, -2
+
+#: Segments that one refreshed tail may have.
+MOST_SEGMENTS = 64
 
 _MAX_POSITIONS = max(MAX_LOG2_Q_128) // 2
 
@@ -161,8 +164,23 @@ class ReplyForm:
 
 
 @dataclass(frozen=True, slots=True)
+class Segment:
+    """A program's place in a refreshed tail, whose segments share parameters and keys (`he.segments`).
+
+    `lead`: program id of the first segment, under which keys are made and kept; empty for that one itself.
+    """
+
+    index: int
+    count: int
+    lead: str
+
+
+@dataclass(frozen=True, slots=True)
 class TailSpec:
-    """The public half of a compiled tail. Immutable, checked, JSON-serialisable."""
+    """The public half of a compiled tail. Immutable, checked, JSON-serialisable.
+
+    `keys` of a segment are those of all segments together.
+    """
 
     parameters: Parameters
     input_layout: Layout
@@ -171,10 +189,16 @@ class TailSpec:
     keys: tuple[KeyNeed, ...]
     output_layout: Layout
     reply: ReplyForm
-    predicted_noise: float  # standard deviation of a logit's error, in logits
+    predicted_noise: float  # standard deviation of the noisiest logit's error, in logits
     predicted_worst_noise: float  # the same for the noisiest slot
     input_bound: float  # largest |activation| seen in calibration
     program_id: str  # hex SHA-256 over the program, weights included
+    segment: Segment | None = None  # None: a tail of its own
+
+    @property
+    def keys_id(self) -> str:
+        """The program id under which this program's keys are made: its own, or its chain's first."""
+        return self.program_id if self.segment is None else self.segment.lead or self.program_id
 
     @property
     def features(self) -> int:
@@ -211,7 +235,10 @@ class TailSpec:
         return key_bytes(self)
 
     def to_json(self) -> dict[str, Any]:
+        place = self.segment
+        chained = {} if place is None else {"segment": [place.index, place.count, place.lead]}
         return {
+            **chained,
             "parameters": self.parameters.to_json(),
             "input_layout": self.input_layout.to_json(),
             "input_level": self.input_level,
@@ -250,6 +277,7 @@ class TailSpec:
                 predicted_worst_noise=float(data["predicted_worst_noise"]),
                 input_bound=float(data["input_bound"]),
                 program_id=str(data["program_id"]),
+                segment=_segment(data["segment"]) if "segment" in data else None,
             )
             spec._check()
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ModelError) as error:
@@ -278,9 +306,40 @@ class TailSpec:
             and all(0 <= k.element < 2 * p.ring_degree for k in self.keys)
             and len({k.element for k in self.keys}) == len(self.keys)
             and len(self.program_id) == 64
+            and (self.segment is None or (_in_place(self.segment) and self.input_layout.lanes == 1))
         )
         if not fits:
             raise ModelError("its fields contradict each other")
+
+
+def _segment(listed: Any) -> Segment:
+    index, count, lead = listed
+    return Segment(int(index), int(count), str(lead))
+
+
+def _in_place(segment: Segment) -> bool:
+    named = len(segment.lead) == 64 and set(segment.lead) <= set("0123456789abcdef")
+    return 2 <= segment.count <= MOST_SEGMENTS and (
+        segment.lead == "" if segment.index == 0 else named and 0 < segment.index < segment.count
+    )
+
+
+def check_chain(specs: Sequence[TailSpec]) -> None:
+    """Raises `ModelError` unless these are the segments of one chain, all of them and in order."""
+    lead = specs[0] if specs else None
+    for index, spec in enumerate(specs):
+        place = spec.segment
+        fits = (
+            lead is not None
+            and place is not None
+            and (place.index, place.count) == (index, len(specs))
+            and spec.keys_id == lead.program_id
+            and (spec.parameters, spec.keys) == (lead.parameters, lead.keys)
+        )
+        if not fits:
+            raise ModelError("the segments of a refreshed tail do not belong together, or one is missing")
+    if len({spec.program_id for spec in specs}) != len(specs) or len(specs) < 2:
+        raise ModelError("a refreshed tail has two segments at least, and no one twice")
 
 
 def canonical_json(data: Mapping[str, Any]) -> bytes:

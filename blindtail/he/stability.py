@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from blindtail.errors import ModelError
-from blindtail.he.layers import Affine, FloatArray, Layer
+from blindtail.he.layers import Affine, FloatArray, Layer, outputs
 from blindtail.he.scales import HEADROOM, LIKE_HEADROOM
 from blindtail.he.spec import TailSpec
 
@@ -251,9 +251,8 @@ def _ranges(layers: Sequence[Layer], x: FloatArray) -> list[tuple[float, float]]
     """Of each layer's outputs (max |x|, quantile of |x|); infinite where any is not finite."""
     found = []
     with np.errstate(all="ignore"):
-        for layer in layers:
-            x = layer(x)
-            size = np.abs(x)
+        for out in outputs(layers, x):
+            size = np.abs(out)
             most = float(size.max())  # NaN if any is
             finite = math.isfinite(most)
             quantile = float(np.quantile(size, _QUANTILE, overwrite_input=True)) if finite else math.inf

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from blindtail.errors import ModelError
-from blindtail.he.frontend import MAX_WIDTH
+from blindtail.he.bases import MAX_WIDTH
 from blindtail.models import findings
 from blindtail.models.findings import Finding
 from blindtail.models.network import Network, Outcome, most_levels
@@ -108,14 +108,18 @@ def draft(network: Network, node: fx.Node, broken: Mapping[str, Finding]) -> Dra
     if node.meta["value"][:1] != (2,) or node.meta["third"][:1] != (3,):
         problems.append("the activation here has no batch in dimension 0: keep the batch first")
     if network.unsteady:
-        problems.append(f"its forward {network.unsteady}")
+        problems.append(f"its forward {network.unsteady}: leave the batch alone, for instance flatten(1)")
     if network.order[node] < network.same_after:
         lines = ", ".join(sorted({d.line for d in network.traced.decisions}))
-        problems.append(f"its forward branches on the values of an activation after here ({lines})")
+        problems.append(
+            f"its forward branches on the values of an activation after here ({lines}): cut after that, so "
+            "that it stays at the edge, or write it as a plain chain of layers"
+        )
     for tail_node in network.after(node):
         sources = [tail_node, *(n for n in tail_node.all_input_nodes if n.op == "get_attr")]
         for path in (str(n.target) for n in sources if n.op in ("call_module", "get_attr")):
-            problems += [f"{f.layer}: {f.reason}" for f in broken.values() if findings.holds(path, f.layer)]
+            found = [f for f in broken.values() if findings.holds(path, f.layer)]
+            problems += [f"{f.layer}: {f.reason}; {f.advice or f.rewrite}" for f in found]
     return Draft(node, plain, changed, tuple(dict.fromkeys(problems)))
 
 
@@ -171,7 +175,7 @@ def _plan_one(
             problems.append(first_line(error))
         except (RuntimeError, MemoryError) as error:
             note = f"not planned: {first_line(error)}"
-    rewrites = [network.told(n) for n in (*walk.rewritten, *walk.without_skip, *walk.left_out)]
+    rewrites = [network.told(n) for n in (*walk.rewritten, *walk.left_out)]
     if verdict == "rewrite":
         rewrites += ["output"] * (not network.plain_output)
     return Cut(

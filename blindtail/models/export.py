@@ -6,6 +6,7 @@ import copy
 import logging
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -24,6 +25,15 @@ def export_graph(module: nn.Module, input_shape: tuple[int, ...], name: str) -> 
     The same module gives the same bytes. Raises `ModelError` when a layer has no
     ONNX form.
     """
+    return _export(module, [("input", input_shape)], name)
+
+
+def export_values(module: nn.Module, values: Sequence[tuple[str, int]], name: str) -> bytes:
+    """`module` as ONNX, taking the flat values of these names and widths: float32 (1, width) each."""
+    return _export(module, [(value, (width,)) for value, width in values], name)
+
+
+def _export(module: nn.Module, inputs: Sequence[tuple[str, tuple[int, ...]]], name: str) -> bytes:
     module = copy.deepcopy(module).float().eval()
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -35,9 +45,9 @@ def export_graph(module: nn.Module, input_shape: tuple[int, ...], name: str) -> 
                 warnings.simplefilter("ignore")  # the exporter's own deprecation notices
                 torch.onnx.export(
                     module,
-                    (torch.zeros(1, *input_shape),),
+                    tuple(torch.zeros(1, *shape) for _, shape in inputs),
                     path,
-                    input_names=["input"],
+                    input_names=[given for given, _ in inputs],
                     output_names=["output"],
                     opset_version=OPSET,
                     do_constant_folding=True,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from blindtail.he.frontend import MAX_WIDTH
-from blindtail.models.layers import Quadratic, Square
+from blindtail.he.bases import MAX_WIDTH
+from blindtail.models.layers import Polynomial, Quadratic, Square
 from blindtail.models.network import Network, Outcome, most_levels
 from blindtail.models.operations import (
     AT_THE_EDGE,
@@ -67,7 +67,7 @@ def of_network(network: Network) -> list[Finding]:
         ruling = network.rulings.get(node)
         if ruling is None or ruling.effect in (Effect.CONSTANT, Effect.SHAPE):
             continue
-        if node.op != "call_module" and ruling.effect is Effect.LINEAR and node not in _joins(walk):
+        if node.op != "call_module" and ruling.effect is Effect.LINEAR:
             if not network.moves(node):
                 _add(found, _runs(network, node, ruling, walk))
             continue
@@ -83,12 +83,6 @@ def of_network(network: Network) -> list[Finding]:
             continue
         if ruling.effect is Effect.REFUSED:
             _add(found, _refused(network, node, ruling, walk))
-            if node in _beside(walk):
-                _add(found, _parallel(network, node, ruling))
-        elif node in _joins(walk):
-            _add(found, _skip(network, node, ruling))
-        elif node in _beside(walk):
-            _add(found, _parallel(network, node, ruling))
         else:
             _add(found, _runs(network, node, ruling, walk))
     findings = list(found.values())
@@ -128,15 +122,6 @@ def _from_inputs(network: Network) -> Outcome:
         return network.follow(first, rewritten=True)
     cuts = network.cuts()
     return network.follow(cuts[0], rewritten=True) if cuts else Outcome()
-
-
-def _joins(walk: Outcome) -> set[fx.Node]:
-    held = {p.node for p in walk.problems if p.node is not None and "a skip" in p.text}
-    return held | set(walk.without_skip)
-
-
-def _beside(walk: Outcome) -> set[fx.Node]:
-    return {p.node for p in walk.problems if p.node is not None and "second activation" in p.text}
 
 
 def place(network: Network, node: fx.Node) -> str:
@@ -201,43 +186,6 @@ def target(root: nn.Module, path: str) -> str:
     return text
 
 
-def _skip(network: Network, node: fx.Node, ruling: Ruling) -> Finding:
-    operands = [n for n in node.all_input_nodes if n in network.live]
-    kept = operands[-1] if len(operands) == 2 else None
-    direct = kept is not None and any(
-        network.rulings.get(a) is not None
-        and network.rulings[a].effect is Effect.SQUARE
-        and (b in a.all_input_nodes or set(_live(network, b)) == set(_live(network, a)))
-        for a, b in (operands, reversed(operands))
-    )
-    reason = "goes around an activation (a skip connection); this release has none around Square or Quadratic"
-    if direct:
-        rewrite = "self.act = Quadratic(a=1.0, b=1.0, c=0.0)  # in place of both: a h^2 + b h + c"
-        advice = "set a, b and c to what the sum amounts to, call self.act(h) and leave the addition out"
-    else:
-        plain = ruling.kind in ("x + y", "torch.add", "x.add()", "x.add_()")
-        rewrite = "out = branch(x)  # without the shortcut: was " + ruling.kind if plain else "cut after it"
-        advice = (
-            "leave the shortcut out and train again, or cut after it; one around linear layers alone may stay"
-        )
-    return Finding(
-        place(network, node), ruling.kind, "rewrite", reason, rewrite, line=_line(node), advice=advice
-    )
-
-
-def _live(network: Network, node: fx.Node) -> list[fx.Node]:
-    return [n for n in node.all_input_nodes if n in network.live]
-
-
-def _parallel(network: Network, node: fx.Node, ruling: Ruling) -> Finding:
-    reason = "is a second activation beside another one; this release takes one after the other"
-    rewrite = "y = self.act(torch.cat([a, b], 1))  # one activation over both branches"
-    advice = "join the branches before the activation, take them apart after it (y[:, :n], y[:, n:])"
-    return Finding(
-        place(network, node), ruling.kind, "rewrite", reason, rewrite, line=_line(node), advice=advice
-    )
-
-
 def _branches(network: Network) -> list[Finding]:
     found = []
     for line in dict.fromkeys(d.line for d in network.traced.decisions):
@@ -270,14 +218,13 @@ def limits(network: Network, cuts: Sequence[Cut]) -> list[Finding]:
         else:
             found.append(Finding(surprises[0].name, "tail", "unknown", text, way_out))
     if walk.depth > most_levels():
-        most = (most_levels() - 1) // 2
-        squares = [n for n in walk.levels if walk.levels[n] and _is_square(network, n)]
-        node = squares[-most - 1] if len(squares) > most else None
+        beyond = [n for n, at in walk.before.items() if walk.depth - at > most_levels()]
+        node = beyond[-1] if beyond else None
         layer = place(network, node) if node is not None else "input"
         kind = network.rulings[node].kind if node is not None else ""
         reason = (
             f"too deep: all of it consumes {walk.depth} levels, the largest 128-bit ring holds "
-            f"{most_levels()}, which is {most} activations; this is one more"
+            f"{most_levels()}; from here on it is too many"
         )
         found.append(Finding(layer, kind, "edge", reason, way_out))
     wide = next((n for n in walk.levels if values_squared(network, n) > MAX_WIDTH), None)
@@ -375,7 +322,9 @@ def listed(root: nn.Module, inputs: Sequence[Tensor]) -> list[Finding]:
 def _hooked(root: nn.Module, seen: Any) -> Iterator[None]:
     handles = []
     for path, module in root.named_modules():
-        leaf = isinstance(module, Square | Quadratic) or type(module).__module__.startswith("torch.nn")
+        leaf = isinstance(module, Square | Quadratic | Polynomial) or type(module).__module__.startswith(
+            "torch.nn"
+        )
         if path and leaf and not isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
 
             def hook(module: nn.Module, args: tuple[Any, ...], path: str = path) -> None:

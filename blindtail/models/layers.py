@@ -1,12 +1,14 @@
-"""Activations that CKKS can evaluate: one square each, one multiplicative level.
+"""Activations that CKKS can evaluate: polynomials.
 
-Both work on any shape (B, C, ...). ReLU and max pooling have no exact
+All work on any shape (B, C, ...). ReLU and max pooling have no exact
 polynomial form; a tail that is to run encrypted is trained with these instead.
 Source: CryptoNets (Gilad-Bachrach et al., ICML 2016) for the square; a
 trainable quadratic keeps the linear part that a square loses.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -73,3 +75,40 @@ class Quadratic(nn.Module):
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, max_shift={self.max_shift:g}"
+
+
+class Polynomial(nn.Module):
+    """y = c_0 + c_1 x + ... + c_d x^d with trainable coefficients; any shape (B, C, ...).
+
+    coefficients  to begin with, c_0 first; degree d = len - 1 >= 1
+    channels      None trains one polynomial for the layer, a number one per channel (dimension 1)
+
+    Consumes ceil(log2(d + 1)) levels; where d is a power of two, ceil(log2 d) as long as no
+    leading coefficient is small beside the others.
+    """
+
+    coefficients: Tensor
+
+    def __init__(self, coefficients: Sequence[float], channels: int | None = None) -> None:
+        super().__init__()
+        if len(coefficients) < 2:
+            raise ModelError("a polynomial activation needs two coefficients or more, the constant first")
+        self.channels = channels
+        first = torch.tensor([float(c) for c in coefficients])
+        self.coefficients = nn.Parameter(first if channels is None else first[:, None].repeat(1, channels))
+
+    @property
+    def degree(self) -> int:
+        return len(self.coefficients) - 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = self.coefficients
+        if self.channels is not None:
+            c = c.view(len(c), 1, self.channels, *([1] * (x.dim() - 2)))
+        y = c[-1]
+        for lower in reversed(c[:-1].unbind()):
+            y = y * x + lower
+        return y
+
+    def extra_repr(self) -> str:
+        return f"degree={self.degree}, channels={self.channels}"

@@ -25,18 +25,22 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from blindtail.errors import ModelError
-from blindtail.he.frontend import MAX_WIDTH
+from blindtail.he.bases import MAX_WIDTH
 from blindtail.models import findings as telling
 from blindtail.models.cuts import RANDOM_INPUTS, Cut, Progress, draft, planned, something_left
 from blindtail.models.findings import Finding
 from blindtail.models.network import Network
 from blindtail.models.plans import (
+    MOST_FOLDING_VALUES,
+    MOST_NAMED_VALUES,
     Plan,
     activations,
     head_module,
     tail_module,
+    too_large,
 )
 from blindtail.models.reading import read
+from blindtail.models.refresh import Refresh, RefreshCosts, refresh_costs
 from blindtail.models.tracing import Untraceable, first_line, unwrapped
 
 Shape = tuple[int, ...]
@@ -140,20 +144,104 @@ def lint(
     return LintReport(name, shapes, tuple(findings), tuple(made), source)
 
 
+@dataclass(frozen=True)
+class RefreshedCut:
+    """A candidate where the owner lets the edge decrypt between round trips (`models.refresh`).
+
+    costs  of the tail after it; None where it cannot be, or was not planned, and `note` says why
+    """
+
+    name: str
+    shape: Shape
+    costs: RefreshCosts | None
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        costs = None if self.costs is None else self.costs.to_json()
+        return {"name": self.name, "shape": list(self.shape), "costs": costs, "note": self.note}
+
+
+def lint_refreshed(
+    module: nn.Module,
+    input_shape: Shape,
+    calibration: NDArray[Any] | None = None,
+    *,
+    cut: str | None = None,
+    refresh: Refresh | None = None,
+    progress: Progress | None = None,
+) -> tuple[RefreshedCut, ...]:
+    """What tails cost that are refreshed wherever CKKS cannot go on; arguments as for `lint`.
+
+    THE EDGE SEES THE ACTIVATIONS between round trips: it is the owner's decision. Raises `ModelError`
+    when the network does not run on such inputs, cannot be traced, or has no such cut.
+    """
+    shapes = _shapes(input_shape)
+    data = None if calibration is None else _checked(calibration, shapes)
+    root = _prepared(module)
+    try:
+        network = read(root, _random(root, shapes, 2), _random(root, shapes, 3))
+    except Untraceable as error:
+        raise ModelError(f"{type(module).__name__} cannot be cut: {error.reason} ({error.line})") from error
+    if cut is None:
+        positions = [n for n in network.positions() if network.natural(n) and something_left(network, n)]
+    else:
+        positions = [_find(network, cut)]
+    samples, _ = _samples(network, shapes, data, positions)
+    most = MOST_FOLDING_VALUES if cut is None else MOST_NAMED_VALUES
+    found = []
+    for done, node in enumerate(positions):
+        if progress is not None:
+            progress(done, len(positions), network.name(node))
+        shape, costs, note = tuple(int(n) for n in node.meta["value"][1:]), None, ""
+        values = samples.get(node)
+        if values is None:
+            values = np.random.default_rng(0).standard_normal((RANDOM_INPUTS, network.width(node)))
+        try:
+            if network.width(node) > MAX_WIDTH:
+                raise ModelError(f"too wide: {network.width(node)} values, a tail holds {MAX_WIDTH}")
+            with np.errstate(all="ignore"):
+                costs = refresh_costs(tail_module(network, node), shape, values, refresh or Refresh(), most)
+        except (ModelError, RuntimeError, MemoryError) as error:
+            note = first_line(error)
+        found.append(RefreshedCut(network.name(node), shape, costs, note))
+    return tuple(found)
+
+
 def split(module: nn.Module, input_shape: Shape | Sequence[Shape], after: str) -> tuple[nn.Module, nn.Module]:
     """(head, tail) of a network cut after `after`, a name of `LintReport.cuts`; in evaluation mode.
 
     Parts for `SplitModel.from_parts`: head as a stage, tail in `tails`. Weights are copies. Raises
     `ModelError` when there is no such cut.
     """
+    network, node = _cut_at(module, input_shape, after)
+    return head_module(network, node).eval(), tail_module(network, node).eval()
+
+
+def rewritten_tail(module: nn.Module, input_shape: Shape | Sequence[Shape], after: str) -> nn.Module:
+    """The tail of a network cut after `after` with every rewrite made; new layers are untrained.
+
+    Raises `ModelError` when there is no such cut, when something no rewrite mends stands in its way, or
+    when it is too large to be folded.
+    """
+    network, node = _cut_at(module, input_shape, after)
+    found = draft(network, node, {finding.layer: finding for finding in telling.not_finite(network.root)})
+    if found.problems:
+        nodes = [problem.node for problem in found.changed.problems[:1] if problem.node in network.rulings]
+        advice = "".join(f"; {network.rulings[problem].advice}" for problem in nodes if problem is not None)
+        raise ModelError(f"the tail after {after} cannot run encrypted: {found.problems[0]}{advice}")
+    if large := too_large(network, node, found.walk, named=True):
+        raise ModelError(f"the tail after {after} is {large}: cut later")
+    return tail_module(network, node, found.changed).eval()
+
+
+def _cut_at(module: nn.Module, input_shape: Shape | Sequence[Shape], after: str) -> tuple[Network, fx.Node]:
     shapes = _shapes(input_shape)
     root = _prepared(module)
     try:
         network = read(root, _random(root, shapes, 2), _random(root, shapes, 3))
     except Untraceable as error:
         raise ModelError(f"{type(module).__name__} cannot be cut: {error.reason} ({error.line})") from error
-    node = _find(network, after)
-    return head_module(network, node).eval(), tail_module(network, node).eval()
+    return network, _find(network, after)
 
 
 def _find(network: Network, name: str) -> fx.Node:
@@ -219,6 +307,8 @@ def _checked(calibration: NDArray[Any], shapes: Sequence[Shape]) -> list[Tensor]
             f"calibration data has shape {x.shape}; this network takes inputs of (n, "
             f"{', '.join(map(str, shapes[0]))}), n of 1 or more, preprocessed as it expects them"
         )
+    if x.dtype.kind not in "biuf":
+        raise ModelError(f"calibration data holds {x.dtype.name}, not numbers: save an array of floats")
     if not np.isfinite(x).all():
         raise ModelError("calibration data holds NaN or infinity; check the images it was computed from")
     rows = x[:: max(1, len(x) // _CALIBRATION_ROWS)][:_CALIBRATION_ROWS]
@@ -243,4 +333,14 @@ def _no_cut(name: str, there: Sequence[str]) -> str:
     return f"there is no cut after {name!r} where a single activation goes on; there are: {shown}"
 
 
-__all__ = ["Cut", "Finding", "LintReport", "Plan", "lint", "split"]
+__all__ = [
+    "Cut",
+    "Finding",
+    "LintReport",
+    "Plan",
+    "RefreshedCut",
+    "lint",
+    "lint_refreshed",
+    "rewritten_tail",
+    "split",
+]

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
 import json
-import sys
-import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blindtail.errors import ConfigError, ModelError
+from blindtail.models import named
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -48,6 +45,17 @@ def lint_command(
         typer.Option("--calibration", help="Preprocessed inputs (n, ...) in a .npy file: bounds values."),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Layers that run and cuts not worth it, too.")] = False,
+    refresh: Annotated[
+        bool,
+        typer.Option(
+            "--refresh",
+            help="Cost tails that the edge decrypts and encrypts again in between: THE DEVICE SEES those "
+            "activations; ReLU, max pooling and skips run exactly.",
+        ),
+    ] = False,
+    refresh_after: Annotated[
+        list[str] | None, typer.Option("--refresh-after", help="With --refresh: after this layer as well.")
+    ] = None,
     plans: Annotated[bool, typer.Option("--plan/--no-plan", help="Compile each tail for its costs.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
@@ -63,17 +71,26 @@ def lint_command(
     Leaves with 0 when some tail (or that of --cut) runs as it is, with 1 when rewrites are needed or
     none can run, with 2 when the request was wrong.
 
+    With --refresh, what tails cost instead whose activations the edge may see: round trips, and
+    the sums over them. `pack` and `compile_model` make such a tail with refresh=Refresh().
+
     \b
       blindtail lint net.py:WardNet --input 1,28,28
       blindtail lint net.py:build --input 3,32,32 --weights ward.safetensors --cut features.8
+      blindtail lint net.py:LeNet --input 1,28,28 --refresh --cut input
     """
-    shapes = [_shape(text) for text in inputs or []]
-    network, shapes = _load(model, shapes)
+    shapes = [named.shape(text) for text in inputs or []]
+    network, shapes = named.network(model, shapes)
     if weights is not None:
-        _load_weights(network, weights)
+        named.load_weights(network, weights)
     from blindtail.models.lint import lint
 
-    values = None if calibration is None else _array(calibration)
+    if refresh_after and not refresh:
+        raise ConfigError("--refresh-after goes with --refresh: the device sees what is refreshed")
+    values = None if calibration is None else named.array(calibration)
+    if refresh:
+        _lint_refreshed(network, shapes, values, cut, tuple(refresh_after or ()), as_json)
+        return
     with _bar(quiet=as_json) as progress:
         try:
             report = lint(network, shapes, values, cut=cut, plans=plans, progress=progress)
@@ -90,128 +107,38 @@ def lint_command(
     raise typer.Exit(0 if report.verdict == "runs" else 1)
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    try:
-        shape = tuple(int(part) for part in text.replace("x", ",").split(","))
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise ConfigError(f"--input {text}: give one image's shape without the batch, for instance 3,32,32")
-    return shape
+def _lint_refreshed(
+    network: nn.Module,
+    shapes: list[tuple[int, ...]],
+    calibration: Any,
+    cut: str | None,
+    at: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    from blindtail.models.lint import lint_refreshed
+    from blindtail.models.refresh import Refresh
 
+    if len(shapes) != 1:
+        raise ConfigError("--refresh takes a network with one input")
+    with _bar(quiet=as_json) as progress:
+        try:
+            found = lint_refreshed(
+                network, shapes[0], calibration, cut=cut, refresh=Refresh(at), progress=progress
+            )
+        except ModelError as error:
+            raise ConfigError(str(error)) from error
+    rows = [one.to_json() for one in found]
+    if as_json:
+        typer.echo(json.dumps({"network": type(network).__name__, "refreshed": rows}, indent=2))
+    else:
+        from rich.console import Console
 
-def _load(where: str, shapes: list[tuple[int, ...]]) -> tuple[nn.Module, list[tuple[int, ...]]]:
-    """The network that MODEL names, and input shapes; a `SplitModel` brings its own. Raises `ConfigError`."""
-    from torch import nn
+        from blindtail.models.refresh_tables import render_refreshed
 
-    from blindtail.models.split import SplitModel
-
-    found = _named(where)
-    if not isinstance(found, nn.Module):
-        if not callable(found):
-            raise ConfigError(f"{where} is a {type(found).__name__}: name an nn.Module, or what makes one")
-        with _owners_code(where, "without arguments; write a function that fills them in"):
-            found = found()
-    if not isinstance(found, nn.Module):
-        raise ConfigError(f"{where} gives a {type(found).__name__}, not an nn.Module")
-    if isinstance(found, SplitModel):
-        shapes = shapes or [found.preprocessing.input_shape]
-        if found.cuts:
-            last = found.cuts[-1]
-            found = nn.Sequential(*list(found.stages)[: last + 1], found.tails[str(last)])
-    if not shapes:
-        raise ConfigError("say what the network takes: --input with one image's shape, for instance 3,32,32")
-    return found, shapes
-
-
-def _named(where: str) -> Any:
-    source, colon, name = where.rpartition(":")
-    if not colon or not source or not name:
-        raise ConfigError(f"{where}: write file.py:NAME or package.module:NAME, for instance net.py:WardNet")
-    module = _module_of(source)
-    try:
-        return getattr(module, name)
-    except AttributeError:
-        there = [key for key, value in vars(module).items() if _is_network(value, module.__name__)]
-        names = f"; networks there: {', '.join(there)}" if there else ""
-        raise ConfigError(f"{source} has no {name}{names}") from None
-
-
-def _is_network(value: Any, module: str) -> bool:
-    from torch import nn
-
-    own = isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == module
-    return own or isinstance(value, nn.Module)
-
-
-def _module_of(source: str) -> Any:
-    if not source.endswith(".py"):
-        with _owners_code(source, "import"), _on_path(Path.cwd()):
-            return importlib.import_module(source)
-    path = Path(source)
-    if not path.is_file():
-        raise ConfigError(f"there is no file {source}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    held = sys.modules.get(path.stem)
-    sys.modules[path.stem] = module  # data classes and type hints look themselves up
-    try:
-        with _owners_code(source, "import"), _on_path(path.resolve().parent):
-            spec.loader.exec_module(module)
-    finally:
-        if held is not None:
-            sys.modules[path.stem] = held
-    return module
-
-
-@contextlib.contextmanager
-def _on_path(folder: Path) -> Iterator[None]:
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(str(folder))
-
-
-@contextlib.contextmanager
-def _owners_code(where: str, doing: str) -> Iterator[None]:
-    """What the owner's code prints goes to stderr; what it raises becomes one line. Raises `ConfigError`."""
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    except (Exception, SystemExit) as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        told = f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"
-        raise ConfigError(f"{where} cannot be loaded ({doing}): {told}") from error
-
-
-def _load_weights(network: nn.Module, path: Path) -> None:
-    if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
-        raise ConfigError(
-            f"{path.name} is a pickle, which may run code: save the weights with "
-            "safetensors.torch.save_file(net.state_dict(), 'net.safetensors')"
-        )
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        network.load_state_dict(load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path} cannot be read as safetensors: {error}") from error
-    except RuntimeError as error:
-        raise ConfigError(f"{path.name} does not fit this network: {' '.join(str(error).split())}") from error
-
-
-def _array(path: Path) -> Any:
-    import numpy as np
-
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as an array (numpy.save makes one): {error}") from error
+        console = Console()
+        for part in render_refreshed(rows, segments=cut is not None):
+            console.print(part)
+    raise typer.Exit(0 if any(one.costs is not None for one in found) else 1)
 
 
 @contextlib.contextmanager

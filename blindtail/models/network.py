@@ -11,19 +11,24 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
 from blindtail.errors import ModelError
+from blindtail.he.layers import Affine
+from blindtail.he.layers import Polynomial as FoldedPolynomial
+from blindtail.he.normal import levels, normalised
 from blindtail.he.params import Parameters
-from blindtail.models.layers import Quadratic, Square
+from blindtail.models.layers import Polynomial, Quadratic
 from blindtail.models.operations import (
     Effect,
+    Live,
     Ruling,
     moves_only,
     name_of,
+    power,
 )
-from blindtail.models.rewrites import Rewrite
 from blindtail.models.tracing import Traced, Untraceable
 
 
@@ -51,21 +56,18 @@ class Problem:
 class Outcome:
     """A walk from a cut to the logits."""
 
-    squares: int = 0
+    squares: int = 0  # activations
     problems: list[Problem] = field(default_factory=list)
     rewritten: list[fx.Node] = field(default_factory=list)
-    #: Additions of a skip connection that is left out -> the operand that stays.
-    without_skip: dict[fx.Node, fx.Node] = field(default_factory=dict)
     #: What the logits do without.
     left_out: list[fx.Node] = field(default_factory=list)
     #: Values per image of the activation at the cut and of every square.
     widths: list[int] = field(default_factory=list)
     levels: dict[fx.Node, int] = field(default_factory=dict)
-
-    @property
-    def depth(self) -> int:
-        """Levels consumed: one a map, one a square."""
-        return 2 * self.squares + 1
+    #: Levels consumed before an activation's map, by the activation.
+    before: dict[fx.Node, int] = field(default_factory=dict)
+    #: Levels consumed on the longest way through: one a map, one or more an activation.
+    depth: int = 1
 
 
 @dataclass
@@ -188,7 +190,7 @@ class Network:
             return False
         weights = module is not None and any(True for _ in module.parameters())
         weights = weights or any(n.op == "get_attr" for n in user.all_input_nodes)
-        if weights and not isinstance(module, Quadratic):
+        if weights and not isinstance(module, Quadratic | Polynomial):
             return True
         grows = isinstance(user.meta["value"], torch.Size) and self.width(user) > self.width(cut)
         return grows or len(self._users(user)) == 0
@@ -212,50 +214,58 @@ class Network:
     def follow(self, cut: fx.Node, rewritten: bool) -> Outcome:
         """Walk from a cut to the logits as the compiler will; with every rewrite made, if `rewritten`."""
         walk = Outcome(widths=[self.width(cut)])
-        segment, current, counted = {cut: 0}, 0, False
-        last_square: fx.Node | None = None
+        # Of each node: the levels consumed before the values that it is made of, and whether
+        # something linear has made a map of them.
+        spent, mapped = {cut: 0}, {cut: False}
+        last: fx.Node | None = None
         for node in self.after(cut):
-            sources = [n for n in node.all_input_nodes if n in segment]
+            sources = [n for n in node.all_input_nodes if n in spent]
             if not sources or self.only_decides(node):
                 continue
-            ruling, squares = self.rulings[node], 0
-            if rewritten and self.unused(node):
+            ruling, consumed = self.rulings[node], 0
+            if self.unused(node) and (rewritten or ruling.effect is not Effect.REFUSED):
                 walk.left_out += [node] if ruling.effect is not Effect.LINEAR else []
                 continue
-            at = max(segment[n] for n in sources)
-            if ruling.effect is Effect.LINEAR:
-                self._join(walk, node, {n: segment[n] for n in sources}, rewritten)
-            elif ruling.effect is Effect.SQUARE:
-                squares = 1
-            elif rewritten and ruling.rewrite is not None and isinstance(node.meta["value"], torch.Size):
-                walk.rewritten.append(node)
-                squares = _squares(ruling.rewrite)
-            else:
-                text = f"{self.told(node)}: cannot run encrypted, it {ruling.reason}"
-                walk.problems.append(Problem(node, text))
-            if squares:
-                if at != current:
-                    text = f"{self.told(node)}: a second activation beside another one"
+            at, within = max(spent[n] for n in sources), any(mapped[n] for n in sources)
+            if ruling.effect is Effect.SQUARE:
+                consumed = self.consumed(node)
+            elif ruling.effect is not Effect.LINEAR:
+                if rewritten and ruling.rewrite is not None and isinstance(node.meta["value"], torch.Size):
+                    walk.rewritten.append(node)
+                    consumed = max(ruling.rewrite.levels - 1, 0)
+                else:
+                    text = f"{self.told(node)}: cannot run encrypted, it {ruling.reason}"
                     walk.problems.append(Problem(node, text))
-                    segment[node] = current
-                    continue
-                walk.squares += squares
-                walk.widths += [self.width(sources[0])] * squares
-                walk.levels[node] = 2 * squares - counted
-                current, counted, last_square = current + 1, False, node
-                at = current
-            elif ruling.effect is Effect.LINEAR and not counted and not self.moves(node) and at == current:
-                walk.levels[node], counted = 1, True
-            segment[node] = at
-        if not counted and last_square is not None:
-            walk.levels[last_square] += 1
-        if segment.get(self.output, 0) != current:
-            walk.problems.append(
-                Problem(None, "the output goes around the last activation, or its result is unused")
-            )
+            if consumed:
+                walk.squares += 1
+                walk.widths.append(self.width(sources[0]))
+                walk.levels[node], walk.before[node] = consumed + (not within), at
+                spent[node], mapped[node], last = at + 1 + consumed, False, node
+                continue
+            if ruling.effect is Effect.LINEAR and not within and not self.moves(node):
+                walk.levels[node] = 1
+            spent[node], mapped[node] = at, within or not self.moves(node)
+        walk.depth = spent.get(self.output, 0) + 1
+        if last is not None and not mapped.get(self.output, True):
+            walk.levels[last] += 1
         if not self.plain_output and not rewritten:
             walk.problems.append(Problem(None, "the network returns more than one tensor of logits"))
         return walk
+
+    def consumed(self, node: fx.Node) -> int:
+        """Levels of an activation's own, without its map's."""
+        module = self.module(node)
+        if isinstance(module, Polynomial):
+            c = module.coefficients.detach().double().reshape(len(module.coefficients), -1).numpy()
+            one = Affine(np.eye(c.shape[1]), np.zeros(c.shape[1]))
+            return normalised([one, FoldedPolynomial(c), one]).activations[0].levels
+        if module is None and (degree := self._power(node)):
+            return levels(degree, monic=True)
+        return 1
+
+    def _power(self, node: fx.Node) -> int:
+        args = [Live(a.meta["value"]) if isinstance(a, fx.Node) else a for a in node.args]
+        return power(name_of(node), args, node.kwargs)
 
     def unused(self, node: fx.Node) -> bool:
         """Whether the logits do without a node: what it computes can be left out."""
@@ -265,18 +275,6 @@ class Network:
         """Whether a node is there for a branch on values alone."""
         return bool(self.traced.decisions) and node not in self.reaching and name_of(node) != "setitem"
 
-    def _join(self, walk: Outcome, node: fx.Node, segments: Mapping[fx.Node, int], rewritten: bool) -> None:
-        """An addition of values from both sides of an activation."""
-        if len(set(segments.values())) < 2:
-            return
-        shapes = {n.meta["value"] for n in segments}
-        plain = name_of(node) == "add" and len(segments) == 2 and shapes == {node.meta["value"]}
-        if rewritten and plain:
-            walk.without_skip[node] = max(segments, key=lambda n: segments[n])
-            return
-        text = f"{self.told(node)}: adds or joins values from both sides of an activation (a skip)"
-        walk.problems.append(Problem(node, text))
-
     def told(self, node: fx.Node) -> str:
         """A node for people: path or module, kind and line."""
         kind = self.rulings[node].kind if node in self.rulings else "input"
@@ -284,12 +282,6 @@ class Network:
             return f"{node.target} ({kind})"
         where = ", ".join(part for part in (node.meta["module"], node.meta["line"]) if part)
         return f"{kind} [{where}]" if where else kind
-
-
-def _squares(rewrite: Rewrite) -> int:
-    if rewrite.kind is nn.Sequential:
-        return sum(_squares(a) for a in rewrite.args if isinstance(a, Rewrite))
-    return int(rewrite.kind in (Square, Quadratic))
 
 
 def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:

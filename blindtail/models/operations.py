@@ -19,13 +19,15 @@ from torch import fx, nn
 
 from blindtail.he.layers import MAX_SHIFT
 from blindtail.models import operation_names as names
-from blindtail.models.layers import Quadratic, Square
+from blindtail.models.layers import Polynomial, Quadratic, Square
 from blindtail.models.operation_names import name_of
 from blindtail.models.rewrites import Rewrite, average_pool, batch_norm
 from blindtail.models.tracing import ABOUT_SHAPE
 
 TRAIN = "train again (see `blindtail train --help`)"
 USE_SQUARE = f"use blindtail.models.layers.Square or Quadratic instead and {TRAIN}"
+#: Powers that are taken as they are written.
+MOST_POWER = 16
 USE_AVERAGE = "use AvgPool2d, or a stride in the convolution before it, and train again"
 USE_BATCHNORM = "use BatchNorm, whose statistics are fixed after training, and train again"
 NOT_KNOWN = "is not known to this release as linear or as a square"
@@ -38,7 +40,7 @@ class Effect(Enum):
     CONSTANT = "constant"  # no activation goes in
     SHAPE = "shape"  # asks for a shape
     LINEAR = "linear"
-    SQUARE = "square"  # Square, Quadratic, x * x: one level
+    SQUARE = "square"  # Square, Quadratic, Polynomial, x * x, x ** 3: an activation
     REFUSED = "refused"
 
 
@@ -80,6 +82,8 @@ def rule_module(module: nn.Module, args: Sequence[Any], last: bool = False) -> R
     kind = type(module).__name__
     shape = args[0].shape if args and isinstance(args[0], Live) else ()
     if isinstance(module, Square):
+        return Ruling(Effect.SQUARE, kind)
+    if isinstance(module, Polynomial):
         return Ruling(Effect.SQUARE, kind)
     if isinstance(module, Quadratic):
         return _quadratic(module)
@@ -212,17 +216,12 @@ def _product(
 ) -> Ruling | None:
     """Squares, powers, and products of activations."""
     exponent = args[1] if len(args) > 1 else kwargs.get("exponent")
-    if name == "square" or (name == "pow" and isinstance(args[0], Live) and _equals(exponent, 2)):
+    if name == "square" or power(name, args, kwargs):
         return Ruling(Effect.SQUARE, kind)
     if name == "mul" and len(live) == 2 and len(args) > 1 and args[0] is args[1]:
         return Ruling(Effect.SQUARE, kind)
     if name == "pow" and isinstance(args[0], Live):
-        for power, squares in ((4, 2), (8, 3), (16, 4)):
-            if _equals(exponent, power):
-                chain = Rewrite(nn.Sequential, (Rewrite(Square),) * squares)
-                reason = f"a power of {power} is {squares} squares; this release takes them one by one"
-                return Ruling(Effect.REFUSED, kind, reason, "square in steps", chain)
-        reason = f"a power of {exponent} is no square of its input"
+        reason = f"a power of {exponent} is no polynomial of degree 2 to {MOST_POWER}"
         return Ruling(Effect.REFUSED, kind, reason, USE_SQUARE, Rewrite(Square))
     if name in ("mul", "matmul", "bmm", "mm", "einsum", "addcmul", "linear", "conv2d", "tensordot", "inner"):
         reason = "multiplies two different activations; this release evaluates squares alone"
@@ -245,6 +244,14 @@ def _product(
             Effect.REFUSED, kind, reason, f"leave the division out, scale by a constant, or {AT_THE_EDGE}"
         )
     return None
+
+
+def power(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """The exponent of a power that is a polynomial to evaluate; 0 for anything else."""
+    exponent = args[1] if len(args) > 1 else kwargs.get("exponent")
+    if name != "pow" or not args or not isinstance(args[0], Live):
+        return 0
+    return next((k for k in range(2, MOST_POWER + 1) if _equals(exponent, k)), 0)
 
 
 def _refused(

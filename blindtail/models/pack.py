@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from blindtail.bundle import CloudBundle, EdgeBundle, content_version
-from blindtail.errors import ModelError
-from blindtail.he.compiler import compile_tail
+from blindtail.errors import ConfigError, InputError, ModelError
+from blindtail.he.compiler import check_depth, compile_tail
 from blindtail.he.frontend import fold_tail
 from blindtail.he.layers import Affine, Layer
 from blindtail.he.objective import Objective
@@ -24,10 +23,14 @@ from blindtail.he.plan import Plan, best
 from blindtail.he.program import Program
 from blindtail.he.scales import LogitsTooLarge
 from blindtail.he.spec import canonical_json
-from blindtail.he.stability import WAYS_OUT, Stability, check, enforce
+from blindtail.he.stability import WAYS_OUT, Stability, Verdict, check, enforce
+from blindtail.interludes import RefreshedTail, graph_name
 from blindtail.models.export import export_head
+from blindtail.models.refresh import Refresh, RefreshedProgram, refresh_tail, runs_of
 from blindtail.models.split import SplitModel
 
+#: A folded tail and activations at its cut, (n, features), to a program.
+TailCompiler = Callable[[Sequence[Layer], NDArray[np.float64]], Program]
 #: Images on which a new model's head is compared with the one that devices hold.
 _COMPARED = 32
 
@@ -58,6 +61,8 @@ def pack(
     held_out_images: NDArray[Any] | None = None,
     allow_unstable: bool = False,
     judged: bool = False,
+    refresh: Refresh | None = None,
+    compilers: Mapping[int, TailCompiler] | None = None,
 ) -> tuple[EdgeBundle, CloudBundle]:
     """Export the head, compile every tail, and describe both halves.
 
@@ -69,15 +74,34 @@ def pack(
                         a budget of keys (`compile_tail`)
     held_out_images, allow_unstable  for the stability gate, see `judge_tails`
     judged              True when the caller has had it judge this model already
+    refresh             the owner's leave to decrypt between round trips: tails may then hold ReLU, max
+                        pooling and skips, and be as deep as they like. THE DEVICE SEES THE ACTIVATIONS
+                        in between (docs/threat-model.md). A tail that needs no refresh gets none
+    compilers           by cut, what compiles a tail in place of `compile_tail`: a pruned one has its
+                        own (`blindtail.train.pruning`), and lanes and objective are its own then
 
     Raises `ModelError` when a weight is not finite, when a tail cannot be folded
     or compiled, when one is unstable, when no plan keeps the objective's bounds, or
     when a layer has no ONNX form.
     """
     if not judged:
-        judge_tails(model, calibration_images, held_out_images, allow_unstable=allow_unstable)
-    programs = _compile_tails(model, calibration_images, lanes, objective=objective)
+        judge_tails(
+            model, calibration_images, held_out_images, allow_unstable=allow_unstable, refresh=refresh
+        )
+    if refresh is None:
+        alone = _compile_tails(model, calibration_images, lanes, objective=objective, compilers=compilers)
+        tails = {cut: RefreshedProgram((program,), ()) for cut, program in alone.items()}
+    else:
+        if lanes != 1 or objective is not None or compilers is not None:
+            raise ConfigError(
+                "a refreshed tail takes one image at a time, has no objective and is not pruned"
+            )
+        tails = _refresh_tails(model, calibration_images, refresh)
+    programs = {cut: tail.programs[0] for cut, tail in tails.items()}
+    chains = {cut: tail for cut, tail in tails.items() if len(tail.programs) > 1}
     onnx = export_head(model)
+    for cut, tail in chains.items():
+        onnx |= {graph_name(cut, i): made.onnx for i, made in enumerate(tail.interludes)}
     fields: dict[str, Any] = {
         "model": model.name,
         "preprocessing": model.preprocessing,
@@ -90,14 +114,19 @@ def pack(
         # What an edge assumes of the cloud before it has measured anything.
         "metrics": {
             **metrics,
-            "predicted_eval_s": {str(cut): p.predicted_s("native") for cut, p in programs.items()},
+            "predicted_eval_s": {str(cut): tail.predicted_s for cut, tail in tails.items()},
+        },
+        "refreshed": {
+            cut: RefreshedTail(tuple(p.spec for p in tail.programs), tuple(i.inputs for i in tail.interludes))
+            for cut, tail in chains.items()
         },
     }
     if version is None:
         draft = EdgeBundle(version="draft", **fields)
         # Program ids cover the tails' weights, so this covers both files.
         version = content_version(canonical_json(draft.describe()), *(onnx[name] for name in sorted(onnx)))
-    return EdgeBundle(version=version, **fields), CloudBundle(model.name, version, programs)
+    following = {cut: tail.programs[1:] for cut, tail in chains.items()}
+    return EdgeBundle(version=version, **fields), CloudBundle(model.name, version, programs, following)
 
 
 def pack_tail(
@@ -129,6 +158,11 @@ def pack_tail(
         raise ModelError(
             f"devices hold model {like.model!r}, this is {model.name!r}, or its classes differ: "
             "pack it as a model of its own"
+        )
+    if like.refreshed:
+        raise ModelError(
+            "devices hold a refreshed tail, whose segments cannot be replaced: pack the model anew and hand "
+            "out its edge.bt"
         )
     if set(model.cuts) != set(like.cuts):
         raise ModelError(
@@ -186,12 +220,14 @@ def judge_tails(
     held_out_images: NDArray[Any] | None = None,
     *,
     allow_unstable: bool = False,
+    refresh: Refresh | None = None,
 ) -> dict[int, Stability]:
     """The stability gate (`blindtail.he.stability`) on every tail: its findings, by cut.
 
     held_out_images  raw images (m, C, H, W) that are not among the calibration images. Without
                      any, every fifth calibration image is kept aside for this; a tail is
                      still compiled from all of them
+    refresh          as for `pack`: each segment is judged, and the worst one's findings are returned
 
     Warns of each layer whose range does not hold. Raises `ModelError` with the layer's name and
     the way out when a tail escapes, unless `allow_unstable`; also for what `pack` refuses.
@@ -200,12 +236,15 @@ def judge_tails(
     found = {}
     for cut in model.cuts:
         where, tail, shape = f"tail at cut {cut}", model.tails[str(cut)], model.stage_infos[cut].output_shape
-        values = activations(model, calibration_images, cut)
+        values = _named(model, calibration_images, cut, "calibration images")
         held = None
         if held_out_images is not None and len(held_out_images):
-            held = activations(model, held_out_images, cut)
+            held = _named(model, held_out_images, cut, "held-out images")
         if not all(np.isfinite(x).all() for x in (values, held) if x is not None):
             raise ModelError(f"{where}: the head gives NaN or infinity for it; check images and weights")
+        if refresh is not None:
+            found[cut] = _judged_runs(model, cut, values, held, refresh, allow_unstable)
+            continue
         try:
             with np.errstate(all="ignore"):
                 layers = _folded(model, cut)
@@ -218,6 +257,41 @@ def judge_tails(
         found[cut] = check(layers, values, held)
         enforce(found[cut], where, allow_unstable=allow_unstable)
     return found
+
+
+def _judged_runs(
+    model: SplitModel,
+    cut: int,
+    values: NDArray[np.float64],
+    held: NDArray[np.float64] | None,
+    refresh: Refresh,
+    allow_unstable: bool,
+) -> Stability:
+    tail, shape = model.tails[str(cut)], model.stage_infos[cut].output_shape
+    try:
+        runs = runs_of(tail, shape, values, refresh)
+        others = None if held is None else runs_of(tail, shape, held, refresh)
+    except ModelError as error:
+        raise ModelError(f"tail at cut {cut}: {error}") from error
+    judged = []
+    for k, run in enumerate(runs):
+        judged.append(check(run.layers, run.values, None if others is None else others[k].values))
+        enforce(judged[-1], f"tail at cut {cut}, segment {run.name}", allow_unstable=allow_unstable)
+    return max(judged, key=lambda one: list(Verdict).index(one.verdict))
+
+
+def _refresh_tails(
+    model: SplitModel, calibration_images: NDArray[Any], refresh: Refresh
+) -> dict[int, RefreshedProgram]:
+    _check(model, calibration_images)
+    made = {}
+    for cut in model.cuts:
+        values, shape = activations(model, calibration_images, cut), model.stage_infos[cut].output_shape
+        try:
+            made[cut] = refresh_tail(model.tails[str(cut)], shape, values, refresh)
+        except ModelError as error:
+            raise type(error)(f"tail at cut {cut}: {error}") from error
+    return made
 
 
 @torch.no_grad()
@@ -246,8 +320,40 @@ def _check(model: SplitModel, calibration_images: NDArray[Any]) -> None:
             raise ModelError(f"{path} holds NaN or infinite weights: train again with a lower learning rate")
     if not model.cuts:
         raise ModelError(f"model {model.name!r} has no tail: give SplitModel one in `tails`")
-    if len(calibration_images) == 0:
+    try:
+        count = len(np.asarray(calibration_images))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            "calibration images are one array (n, C, H, W), for instance np.stack(images): images of "
+            "different sizes, or none at all, are not"
+        ) from error
+    if count == 0:
         raise ModelError("compiling a tail needs calibration images; some hundred are enough")
+
+
+def _named(model: SplitModel, images: NDArray[Any], cut: int, what: str) -> NDArray[np.float64]:
+    """Activations at a cut. Raises `InputError` saying which images do not fit."""
+    try:
+        return activations(model, images, cut)
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
+
+
+def check_tails(model: SplitModel) -> None:
+    """What of `pack`'s refusals can be told before training: tails that do not fold, or are too deep.
+
+    Raises `ModelError` naming cut and layer.
+    """
+    for cut in model.cuts:
+        try:
+            check_depth(_folded(model, cut))
+        except ModelError as error:
+            raise ModelError(_at(cut, error)) from error
+
+
+def _at(cut: int, error: ModelError) -> str:
+    said = str(error)
+    return said if said.startswith("tail at cut") else f"tail at cut {cut}: {said}"
 
 
 def _compile_tails(
@@ -257,6 +363,7 @@ def _compile_tails(
     like: EdgeBundle | None = None,
     shrink: bool = False,
     objective: Objective | None = None,
+    compilers: Mapping[int, TailCompiler] | None = None,
 ) -> dict[int, Program]:
     _check(model, calibration_images)
     programs = {}
@@ -265,7 +372,10 @@ def _compile_tails(
         held = None if like is None else like.cuts[cut]
         values = activations(model, calibration_images, cut)
         try:
-            programs[cut] = compile_tail(layers, values, lanes=lanes, like=held, objective=objective)
+            if compilers is not None and cut in compilers:
+                programs[cut] = compilers[cut](layers, values)
+            else:
+                programs[cut] = compile_tail(layers, values, lanes=lanes, like=held, objective=objective)
         except LogitsTooLarge as error:
             if not shrink:
                 raise
@@ -289,4 +399,4 @@ def _shrunk(layers: list[Layer], factor: float) -> list[Layer]:
     """The logits times `factor`."""
     *rest, last = layers
     assert isinstance(last, Affine)  # what `fold_tail` ends with
-    return [*rest, replace(last, weight=factor * last.weight, bias=factor * last.bias)]
+    return [*rest, last.times(factor)]

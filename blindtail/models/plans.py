@@ -16,10 +16,11 @@ from torch import Tensor, fx, nn
 from blindtail.errors import ModelError
 from blindtail.he.compiler import compile_tail
 from blindtail.he.frontend import fold_tail
-from blindtail.he.layers import Affine, Layer, squares_only
+from blindtail.he.layers import Affine, Layer, Polynomial
 from blindtail.he.layers import Quadratic as FoldedQuadratic
 from blindtail.he.params import MAX_LOG2_Q_128
 from blindtail.he.program import Program
+from blindtail.he.sparse import entries
 from blindtail.models.network import Network, Outcome
 from blindtail.models.operations import Effect
 
@@ -82,21 +83,19 @@ def _extract(
     env: dict[fx.Node, Any] = {}
     for source in sources:
         env[source] = graph.placeholder(source.name if source.op == "placeholder" else "activation")
-    needed = _needed(result, set(sources), rewrites)
+    needed = _needed(result, set(sources))
     for node in network.nodes:
         if node not in needed or node in env:
             continue
-        if rewrites is not None and node in rewrites.without_skip:
-            env[node] = env[rewrites.without_skip[node]]
-        elif rewrites is not None and node in rewrites.rewritten:
+        if rewrites is not None and node in rewrites.rewritten:
             rewrite = network.rulings[node].rewrite
             assert rewrite is not None
             name = f"rewritten_{node.name}"
             targets[name] = rewrite.build().eval()
             first = next(n for n in node.all_input_nodes if n in network.live)
             env[node] = graph.call_module(name, (env[first],))
-        elif _is_number(node.meta["value"]):
-            env[node] = _number(graph, env[sources[0]], node.meta["value"], node.meta["third"])
+        elif is_number(node.meta["value"]):
+            env[node] = number(graph, env[sources[0]], node.meta["value"], node.meta["third"])
         else:
             missing = [n for n in node.all_input_nodes if n not in env]
             if missing:
@@ -113,31 +112,30 @@ def _extract(
     return fx.GraphModule(targets, graph)
 
 
-def _needed(result: fx.Node, stop: set[fx.Node], rewrites: Outcome | None) -> set[fx.Node]:
+def _needed(result: fx.Node, stop: set[fx.Node]) -> set[fx.Node]:
     found, waiting = {result}, [result]
     while waiting:
         node = waiting.pop()
-        kept = rewrites.without_skip.get(node) if rewrites is not None else None
-        if node in stop or _is_number(node.meta["value"]):
+        if node in stop or is_number(node.meta["value"]):
             continue
-        for source in [kept] if kept is not None else node.all_input_nodes:
+        for source in node.all_input_nodes:
             if source not in found:
                 found.add(source)
                 waiting.append(source)
     return found
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Numbers and tuples of them, which come from shapes; a tensor's shape stands for the tensor."""
     if isinstance(value, torch.Size):
         return False
-    return not isinstance(value, tuple) or all(_is_number(v) for v in value)
+    return not isinstance(value, tuple) or all(is_number(v) for v in value)
 
 
-def _number(graph: fx.Graph, source: fx.Node, two: Any, three: Any) -> Any:
+def number(graph: fx.Graph, source: fx.Node, two: Any, three: Any) -> Any:
     """A number with two images and with three: constant, or a multiple of the batch."""
     if isinstance(two, tuple):
-        return tuple(_number(graph, source, a, b) for a, b in zip(two, three, strict=True))
+        return tuple(number(graph, source, a, b) for a, b in zip(two, three, strict=True))
     if two == three or not isinstance(two, int):
         return two
     batch = graph.call_method("size", (source, 0))
@@ -291,26 +289,33 @@ def _read(program: Program, *, own_weights: bool) -> Plan:
 
 
 def _unit(layers: Sequence[Layer], values: NDArray[np.float64]) -> list[Layer]:
-    """The same sizes and zeros, each map scaled so that its largest output is 1; plain squares between."""
-    x, made = values, list[Layer]()
-    plain = [
-        layer
-        if isinstance(layer, Affine)
-        else FoldedQuadratic(
-            np.ones_like(layer.a), np.zeros_like(layer.b), np.zeros_like(layer.c), layer.name
-        )
-        for layer in layers
-    ]
-    for step in squares_only(plain):
-        weight, bias = step.weight / max(float(np.abs(step.weight).max()), 1e-30), np.zeros_like(step.bias)
-        out = x @ weight.T
+    """The same sizes and zeros, each map scaled so that its largest output is 1.
+
+    Quadratics become plain squares; other polynomials are scaled to stay below 1.
+    """
+    held, made, out = [values], list[Layer](), values
+    plain: list[Layer] = []
+    for layer in layers:
+        if isinstance(layer, FoldedQuadratic):
+            one = np.ones_like(layer.a)
+            layer = FoldedQuadratic(one, 0 * one, 0 * one, layer.name)
+        elif isinstance(layer, Polynomial):
+            size = np.abs(layer.coefficients).sum(axis=0)
+            layer = replace(layer, coefficients=layer.coefficients / np.maximum(size, 1e-30))
+        plain.append(layer)
+    for layer in plain:
+        if not isinstance(layer, Affine):
+            made.append(layer)
+            held.append(layer(out))
+            continue
+        weights = (layer.weight, *(skip.weight for skip in layer.skips))
+        tops = [float(np.abs(entries(weight)).max(initial=0)) for weight in weights]
+        top = max(*tops, 1e-30)
+        unit = replace(layer, bias=np.zeros_like(layer.bias)).times(1 / top)
+        out = unit(held[-1], held[:-1])
         largest = max(float(np.abs(out).max()), 1e-30)
-        if made:
-            width = step.weight.shape[1]
-            ones, zeros = np.ones(width), np.zeros(width)
-            made.append(FoldedQuadratic(ones, zeros, zeros, "square"))
-        made.append(Affine(weight / largest, bias, step.name))
-        x = (out / largest) ** 2
+        made.append(unit.times(1 / largest))
+        out = out / largest
     return made
 
 
@@ -319,7 +324,9 @@ __all__ = [
     "activations",
     "dense_plan",
     "head_module",
+    "is_number",
     "levels_held",
+    "number",
     "plan",
     "tail_module",
     "too_large",

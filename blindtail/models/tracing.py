@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from blindtail.models.layers import Quadratic, Square
+from blindtail.models.layers import Polynomial, Quadratic, Square
 
 #: Asked of a tensor, these depend on its shape and type, never on its values.
 ABOUT_SHAPE = frozenset(
@@ -234,7 +234,7 @@ class _Tracer(fx.Tracer):
         self.decisions: list[Decision] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if module_qualified_name in self.opaque or isinstance(m, Square | Quadratic):
+        if module_qualified_name in self.opaque or isinstance(m, Square | Quadratic | Polynomial):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 

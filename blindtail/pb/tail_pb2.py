@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x62lindtail/pb/tail.proto\x12\x0c\x62lindtail.v1\"Y\n\x0fRegisterRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nprogram_id\x18\x03 \x01(\t\x12\x12\n\nkey_sha256\x18\x04 \x01(\x0c\"\x91\x01\n\rRegisterReply\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12$\n\x04keys\x18\x02 \x01(\x0e\x32\x16.blindtail.v1.KeyState\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x16\n\x0eidle_timeout_s\x18\x04 \x01(\x01\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x0e\n\x06others\x18\x06 \x03(\t\":\n\x10KeyStatusRequest\x12\x12\n\nprogram_id\x18\x01 \x01(\t\x12\x12\n\nkey_sha256\x18\x02 \x01(\x0c\"_\n\x0eKeyStatusReply\x12$\n\x04keys\x18\x01 \x01(\x0e\x32\x16.blindtail.v1.KeyState\x12\x16\n\x0ereceived_bytes\x18\x02 \x01(\x04\x12\x0f\n\x07problem\x18\x03 \x01(\t\"X\n\tKeyHeader\x12\x12\n\nprogram_id\x18\x01 \x01(\t\x12\x12\n\nkey_sha256\x18\x02 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\"A\n\x08KeyChunk\x12\'\n\x06header\x18\x01 \x01(\x0b\x32\x17.blindtail.v1.KeyHeader\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"o\n\x0f\x45valuateRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x13\n\x0bremaining_s\x18\x04 \x01(\x01\x12\x11\n\tcontainer\x18\x05 \x01(\x0c\"\x89\x01\n\rEvaluateReply\x12\x11\n\tcontainer\x18\x01 \x01(\x0c\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x0e\n\x06\x65val_s\x18\x03 \x01(\x01\x12\x11\n\tevaluator\x18\x04 \x01(\t\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x0f\n\x07version\x18\x06 \x01(\t\x12\x0e\n\x06ticket\x18\x07 \x01(\x08\"0\n\x0eTicketsRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\r\n\x05seeds\x18\x02 \x03(\x0c\"2\n\x0cTicketsReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\r\x12\x10\n\x08\x63\x61pacity\x18\x02 \x01(\r*\x80\x01\n\x08KeyState\x12\x19\n\x15KEY_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11KEY_STATE_MISSING\x10\x01\x12\x16\n\x12KEY_STATE_CHECKING\x10\x02\x12\x13\n\x0fKEY_STATE_READY\x10\x03\x12\x15\n\x11KEY_STATE_REFUSED\x10\x04\x32\xec\x02\n\x04Tail\x12\x46\n\x08Register\x12\x1d.blindtail.v1.RegisterRequest\x1a\x1b.blindtail.v1.RegisterReply\x12I\n\tKeyStatus\x12\x1e.blindtail.v1.KeyStatusRequest\x1a\x1c.blindtail.v1.KeyStatusReply\x12\x44\n\nUploadKeys\x12\x16.blindtail.v1.KeyChunk\x1a\x1c.blindtail.v1.KeyStatusReply(\x01\x12\x46\n\x08\x45valuate\x12\x1d.blindtail.v1.EvaluateRequest\x1a\x1b.blindtail.v1.EvaluateReply\x12\x43\n\x07Tickets\x12\x1c.blindtail.v1.TicketsRequest\x1a\x1a.blindtail.v1.TicketsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x62lindtail/pb/tail.proto\x12\x0c\x62lindtail.v1\"Y\n\x0fRegisterRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nprogram_id\x18\x03 \x01(\t\x12\x12\n\nkey_sha256\x18\x04 \x01(\x0c\"\x91\x01\n\rRegisterReply\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12$\n\x04keys\x18\x02 \x01(\x0e\x32\x16.blindtail.v1.KeyState\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x16\n\x0eidle_timeout_s\x18\x04 \x01(\x01\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x0e\n\x06others\x18\x06 \x03(\t\":\n\x10KeyStatusRequest\x12\x12\n\nprogram_id\x18\x01 \x01(\t\x12\x12\n\nkey_sha256\x18\x02 \x01(\x0c\"_\n\x0eKeyStatusReply\x12$\n\x04keys\x18\x01 \x01(\x0e\x32\x16.blindtail.v1.KeyState\x12\x16\n\x0ereceived_bytes\x18\x02 \x01(\x04\x12\x0f\n\x07problem\x18\x03 \x01(\t\"X\n\tKeyHeader\x12\x12\n\nprogram_id\x18\x01 \x01(\t\x12\x12\n\nkey_sha256\x18\x02 \x01(\x0c\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\"A\n\x08KeyChunk\x12\'\n\x06header\x18\x01 \x01(\x0b\x32\x17.blindtail.v1.KeyHeader\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x83\x01\n\x0f\x45valuateRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x12\n\nrequest_id\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x13\n\x0bremaining_s\x18\x04 \x01(\x01\x12\x11\n\tcontainer\x18\x05 \x01(\x0c\x12\x12\n\nprogram_id\x18\x06 \x01(\t\"\x89\x01\n\rEvaluateReply\x12\x11\n\tcontainer\x18\x01 \x01(\x0c\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x0e\n\x06\x65val_s\x18\x03 \x01(\x01\x12\x11\n\tevaluator\x18\x04 \x01(\t\x12\x10\n\x08\x64raining\x18\x05 \x01(\x08\x12\x0f\n\x07version\x18\x06 \x01(\t\x12\x0e\n\x06ticket\x18\x07 \x01(\x08\"0\n\x0eTicketsRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\r\n\x05seeds\x18\x02 \x03(\x0c\"2\n\x0cTicketsReply\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\r\x12\x10\n\x08\x63\x61pacity\x18\x02 \x01(\r*\x80\x01\n\x08KeyState\x12\x19\n\x15KEY_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11KEY_STATE_MISSING\x10\x01\x12\x16\n\x12KEY_STATE_CHECKING\x10\x02\x12\x13\n\x0fKEY_STATE_READY\x10\x03\x12\x15\n\x11KEY_STATE_REFUSED\x10\x04\x32\xec\x02\n\x04Tail\x12\x46\n\x08Register\x12\x1d.blindtail.v1.RegisterRequest\x1a\x1b.blindtail.v1.RegisterReply\x12I\n\tKeyStatus\x12\x1e.blindtail.v1.KeyStatusRequest\x1a\x1c.blindtail.v1.KeyStatusReply\x12\x44\n\nUploadKeys\x12\x16.blindtail.v1.KeyChunk\x1a\x1c.blindtail.v1.KeyStatusReply(\x01\x12\x46\n\x08\x45valuate\x12\x1d.blindtail.v1.EvaluateRequest\x1a\x1b.blindtail.v1.EvaluateReply\x12\x43\n\x07Tickets\x12\x1c.blindtail.v1.TicketsRequest\x1a\x1a.blindtail.v1.TicketsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'blindtail.pb.tail_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_KEYSTATE']._serialized_start=950
-  _globals['_KEYSTATE']._serialized_end=1078
+  _globals['_KEYSTATE']._serialized_start=971
+  _globals['_KEYSTATE']._serialized_end=1099
   _globals['_REGISTERREQUEST']._serialized_start=41
   _globals['_REGISTERREQUEST']._serialized_end=130
   _globals['_REGISTERREPLY']._serialized_start=133
@@ -45,14 +45,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KEYHEADER']._serialized_end=525
   _globals['_KEYCHUNK']._serialized_start=527
   _globals['_KEYCHUNK']._serialized_end=592
-  _globals['_EVALUATEREQUEST']._serialized_start=594
-  _globals['_EVALUATEREQUEST']._serialized_end=705
-  _globals['_EVALUATEREPLY']._serialized_start=708
-  _globals['_EVALUATEREPLY']._serialized_end=845
-  _globals['_TICKETSREQUEST']._serialized_start=847
-  _globals['_TICKETSREQUEST']._serialized_end=895
-  _globals['_TICKETSREPLY']._serialized_start=897
-  _globals['_TICKETSREPLY']._serialized_end=947
-  _globals['_TAIL']._serialized_start=1081
-  _globals['_TAIL']._serialized_end=1445
+  _globals['_EVALUATEREQUEST']._serialized_start=595
+  _globals['_EVALUATEREQUEST']._serialized_end=726
+  _globals['_EVALUATEREPLY']._serialized_start=729
+  _globals['_EVALUATEREPLY']._serialized_end=866
+  _globals['_TICKETSREQUEST']._serialized_start=868
+  _globals['_TICKETSREQUEST']._serialized_end=916
+  _globals['_TICKETSREPLY']._serialized_start=918
+  _globals['_TICKETSREPLY']._serialized_end=968
+  _globals['_TAIL']._serialized_start=1102
+  _globals['_TAIL']._serialized_end=1466
 # @@protoc_insertion_point(module_scope)

@@ -87,18 +87,20 @@ class KeyChunk(_message.Message):
     def __init__(self, header: _Optional[_Union[KeyHeader, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class EvaluateRequest(_message.Message):
-    __slots__ = ("session", "request_id", "attempt", "remaining_s", "container")
+    __slots__ = ("session", "request_id", "attempt", "remaining_s", "container", "program_id")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     REMAINING_S_FIELD_NUMBER: _ClassVar[int]
     CONTAINER_FIELD_NUMBER: _ClassVar[int]
+    PROGRAM_ID_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     request_id: bytes
     attempt: int
     remaining_s: float
     container: bytes
-    def __init__(self, session: _Optional[bytes] = ..., request_id: _Optional[bytes] = ..., attempt: _Optional[int] = ..., remaining_s: _Optional[float] = ..., container: _Optional[bytes] = ...) -> None: ...
+    program_id: str
+    def __init__(self, session: _Optional[bytes] = ..., request_id: _Optional[bytes] = ..., attempt: _Optional[int] = ..., remaining_s: _Optional[float] = ..., container: _Optional[bytes] = ..., program_id: _Optional[str] = ...) -> None: ...
 
 class EvaluateReply(_message.Message):
     __slots__ = ("container", "queue_s", "eval_s", "evaluator", "draining", "version", "ticket")

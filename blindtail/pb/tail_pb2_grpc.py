@@ -93,7 +93,7 @@ class TailServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Evaluate(self, request, context):
-        """Evaluates the tail on one encrypted activation.
+        """Evaluates the tail, or one segment of a refreshed tail, on one encrypted activation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -17,6 +17,7 @@ from blindtail.errors import ConfigError
 if TYPE_CHECKING:
     from blindtail.he.objective import Objective
     from blindtail.train.fit import Progress as TrainingProgress
+    from blindtail.train.pruning.policy import Policy
     from blindtail.train.recipe import Recipe
     from blindtail.train.run import Splits, Trained
 
@@ -26,6 +27,14 @@ class RecipeName(StrEnum):
 
     fashion = "fashion"
     digits = "digits"
+
+
+class PruneMethod(StrEnum):
+    """How `--prune` prunes."""
+
+    p4e = "p4e"
+    magnitude = "magnitude"
+    random = "random"
 
 
 def register(app: typer.Typer) -> None:
@@ -69,6 +78,13 @@ def train_command(
     at_most: Annotated[
         list[str] | None, typer.Option(help="METRIC=BOUND for the tail's plan, as for `blindtail plan`")
     ] = None,
+    prune: Annotated[
+        list[str] | None,
+        typer.Option(help="FRACTION, or LAYER=FRACTION: prune the tail, so that it runs faster"),
+    ] = None,
+    prune_method: Annotated[PruneMethod, typer.Option(help="p4e, or a baseline to compare with")] = (
+        PruneMethod.p4e
+    ),
     json_output: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
     """Train a network that splits: a head with early exits for the edge, a tail that runs encrypted.
@@ -94,8 +110,14 @@ def train_command(
     answer a share of the requests (blindtail model canary). Give the seed of the earlier run:
     it decides which images are kept for validation.
 
+    With --prune whole diagonals of the tail become zero: each saves a product, and often a
+    rotation and its key. The tail is retrained twice for as many epochs. --prune 0.9 prunes all of its
+    layers, --prune 2=0.9 the one of that name alone.
+
     \b
       blindtail train fashion --out out/fashion
+      blindtail train fashion --out out/fast --prune 0.8 \\
+          --checkpoint out/fashion/model.safetensors
       blindtail train fashion --out out/next --epochs 2 \\
           --checkpoint out/fashion/model.safetensors --like out/fashion/edge.bt
     """
@@ -119,6 +141,16 @@ def train_command(
         objective = Objective.parse(minimise or (), at_most or ())
         command += "".join(f" --minimise {text}" for text in minimise or ())
         command += "".join(f" --at-most {text}" for text in at_most or ())
+    policy = None
+    if prune:
+        from blindtail.train.pruning.policy import Policy
+
+        if like is not None:
+            raise ConfigError("devices of --like hold their keys: prune in a run without it")
+        policy = Policy.parse(prune, method=prune_method.value, seed=seed)
+        command += "".join(f" --prune {text}" for text in prune) + f" --prune-method {prune_method.value}"
+    elif prune_method is not PruneMethod.p4e:
+        raise ConfigError("--prune-method needs --prune FRACTION")
     if like is not None:
         if objective is not None:
             raise ConfigError("devices of --like hold their keys: leave out --minimise and --at-most")
@@ -127,7 +159,7 @@ def train_command(
         _train_tail(chosen, splits, threads, command, checkpoint, like, folder, json_output, allow_unstable)
         return
     trained = _train_with_bar(
-        chosen, splits, threads, command, checkpoint, json_output, allow_unstable, objective
+        chosen, splits, threads, command, checkpoint, json_output, allow_unstable, objective, policy
     )
     trained.save(folder)
     if json_output:
@@ -188,6 +220,7 @@ def _train_with_bar(
     quiet: bool,
     allow_unstable: bool,
     objective: Objective | None,
+    policy: Policy | None,
 ) -> Trained:
     from blindtail.train.run import train
 
@@ -201,6 +234,7 @@ def _train_with_bar(
             checkpoint=checkpoint,
             allow_unstable=allow_unstable,
             objective=objective,
+            prune=policy,
         )
 
 
@@ -263,9 +297,21 @@ def _print(trained: Trained, folder: Path) -> None:
             f"{tail['reply_bytes'] / 1e3:.1f} KB down, "
             f"{tail['key_bytes'] / 1e6:.1f} MB of evaluation keys (once)"
         )
+    for cut, tail in report.get("pruning", {"tails": {}})["tails"].items():
+        _print_pruned(console, cut, tail)
     for cut, found in trained.stability.items():
         console.print(f"tail at cut {cut}, stability {found.line()}")
     console.print(
         f"wrote {folder}/edge.bt, cloud.bt, report.json, model.safetensors; "
         f"training took {report['training_s']:.0f} s"
+    )
+
+
+def _print_pruned(console: Any, cut: str, tail: Any) -> None:
+    before, after = tail["before"], tail["after"]
+    zero = ", ".join(f"{layer['name']} {layer['zero_groups']:.0%}" for layer in tail["layers"])
+    console.print(
+        f"tail at cut {cut}, pruned: zero diagonals of layers {zero}; "
+        f"diagonals {before['diagonals']} -> {after['diagonals']}, keys {before['keys']} -> {after['keys']}, "
+        f"predicted {1e3 * before['predicted_s']:.2f} -> {1e3 * after['predicted_s']:.2f} ms"
     )

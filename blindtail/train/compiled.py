@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,18 @@ from typing import Any
 from numpy.typing import NDArray
 
 from blindtail.bundle import CloudBundle, EdgeBundle
-from blindtail.errors import DataError
+from blindtail.errors import DataError, InputError
 from blindtail.he.objective import Objective
 from blindtail.he.stability import Stability
 from blindtail.models.data import Images
 from blindtail.models.pack import judge_tails, pack
+from blindtail.models.refresh import Refresh
 from blindtail.models.split import SplitModel
+from blindtail.train.fit import bounded, fit
 from blindtail.train.measure import Calibration, Verdicts, accuracies, calibration_errors, curve, routed
-from blindtail.train.run import writing
+from blindtail.train.pruning.owner import PrunedTails, Pruning, prune_tails
+from blindtail.train.recipe import JointCrossEntropy, Recipe
+from blindtail.train.run import CALIBRATION_IMAGES, writing
 
 #: Fewer labelled images say too little of an exit's temperature and threshold.
 LEAST_IMAGES = 20
@@ -25,12 +30,21 @@ LEAST_IMAGES = 20
 
 @dataclass(frozen=True)
 class Compiled:
-    """Both halves of a model, what its exits were calibrated to, and how stable its tails are, by cut."""
+    """Both halves of a model, what its exits were calibrated to, and how stable its tails are, by cut.
+
+    pruned  where tails were pruned: the model with its new weights, and what pruning found
+    """
 
     edge: EdgeBundle
     cloud: CloudBundle
     calibration: Calibration
     stability: Mapping[int, Stability]
+    pruned: PrunedTails | None = None
+
+    @property
+    def pruning(self) -> dict[str, Any]:
+        """What was pruned, and each tail's costs before and after; empty where nothing was."""
+        return {} if self.pruned is None else self.pruned.report(self.cloud.programs)
 
     def save(self, folder: Path | str) -> None:
         """Write edge.bt and cloud.bt, each whole or not at all. Raises `DataError`."""
@@ -48,18 +62,24 @@ def compile_model(
     offload_share: float = 0.3,
     lanes: int = 1,
     allow_unstable: bool = False,
+    refresh: Refresh | None = None,
+    prune: Pruning | None = None,
 ) -> Compiled:
-    """Compile a trained model; nothing is trained.
+    """Compile a trained model; nothing is trained, but for pruned tails.
 
     validation          labelled images: exits get their temperatures and thresholds from them
     calibration_images  raw images (n, C, H, W) from which the compiler bounds every value of a
                         tail, training images at best; without them those of `validation`
     objective           what plans are chosen for; by default the fastest within a budget of
                         keys (`compile_tail`)
+    refresh             leave to decrypt between round trips, so that tails may hold ReLU, max pooling and
+                        skips: devices then see the activations in between (docs/threat-model.md)
     offload_share       of images that reach the tail, at most, by the default thresholds
+    prune               prune the tails and retrain them on images of its own; stages and exits stay
 
     The model is used in evaluation mode and left unchanged. Raises `DataError` for too few
-    images, and `ModelError` as `blindtail.models.pack.pack` does.
+    images or other classes, `InputError` for images that do not fit, and `ModelError` as
+    `blindtail.models.pack.pack` does.
     """
     if len(validation) < LEAST_IMAGES:
         raise DataError(
@@ -67,9 +87,22 @@ def compile_model(
         )
     if not 0.0 <= offload_share <= 1.0:
         raise DataError("offload_share is a part of the images, between 0 and 1")
+    try:
+        model.preprocessing.apply(validation.pixels[:1])
+    except InputError as error:
+        raise InputError(f"validation images: {error}") from error
+    if int(validation.labels.max()) >= len(model.class_names):
+        raise DataError(
+            f"validation labels go up to {validation.labels.max()}, model {model.name!r} has classes 0 to "
+            f"{len(model.class_names) - 1}: number them as in its class_names"
+        )
     own = calibration_images is None
+    pruned = None if prune is None else _pruned(model, prune, lanes, objective)
+    model = model if pruned is None else pruned.model
     images = validation.pixels if calibration_images is None else calibration_images
-    stability = judge_tails(model, images, None if own else validation.pixels, allow_unstable=allow_unstable)
+    stability = judge_tails(
+        model, images, None if own else validation.pixels, allow_unstable=allow_unstable, refresh=refresh
+    )
     verdicts = Verdicts.of(model, validation)
     calibration = Calibration.fit(verdicts, offload_share)
     temperatures = calibration.temperatures
@@ -87,8 +120,32 @@ def compile_model(
         lanes=lanes,
         objective=objective,
         judged=True,
+        refresh=refresh,
+        compilers=None if pruned is None else pruned.compilers,
     )
-    return Compiled(edge, cloud, calibration, stability)
+    return Compiled(edge, cloud, calibration, stability, pruned)
 
 
-__all__ = ["Compiled", "compile_model"]
+def _pruned(model: SplitModel, how: Pruning, lanes: int, objective: Objective | None) -> PrunedTails:
+    """A copy of the model with its tails pruned."""
+    model = copy.deepcopy(model).eval()
+    recipe = Recipe(
+        name=model.name,
+        data="own",
+        build=lambda: model,
+        objective=JointCrossEntropy((0.0,) * len(model.exits_after)),
+        epochs=how.epochs,
+        batch=how.batch,
+        peak_rate=how.peak_rate,
+        seed=how.policy.seed,
+    )
+
+    def retrain(after_step: Callable[[], None]) -> None:
+        fit(recipe, how.images, model=model, threads=how.threads, only_tails=True, after_step=after_step)
+
+    with bounded(how.threads, how.policy.seed):
+        pixels = how.images.pixels[:CALIBRATION_IMAGES]
+        return prune_tails(model, pixels, how.policy, retrain, lanes=lanes, objective=objective)
+
+
+__all__ = ["Compiled", "Refresh", "compile_model"]

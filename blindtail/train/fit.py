@@ -39,10 +39,12 @@ def fit(
     threads: int = 1,
     progress: Progress | None = None,
     only_tails: bool = False,
+    after_step: Callable[[], None] | None = None,
 ) -> SplitModel:
     """Train `recipe.build()`, or `model` when given (in place), and return it in evaluation mode.
 
     With `only_tails` stages and exits stay as they are, running statistics included.
+    `after_step` is called after each step: masks of pruned weights are applied there.
 
     AdamW with a one-cycle schedule; after each step every `Quadratic` is
     projected back into what the compiler accepts. Raises `DataError` when there
@@ -53,12 +55,17 @@ def fit(
     with bounded(threads, recipe.seed):
         if model is None:
             model = recipe.build()
-        _loop(recipe, data, model, progress, only_tails)
+        _loop(recipe, data, model, progress, only_tails, after_step)
     return model.eval()
 
 
 def _loop(
-    recipe: Recipe, data: Images, model: SplitModel, progress: Progress | None, only_tails: bool
+    recipe: Recipe,
+    data: Images,
+    model: SplitModel,
+    progress: Progress | None,
+    only_tails: bool,
+    after_step: Callable[[], None] | None,
 ) -> None:
     images = torch.from_numpy(model.preprocessing.apply(data.pixels))  # (n, C, H, W)
     labels = torch.from_numpy(data.labels)
@@ -94,6 +101,8 @@ def _loop(
             schedule.step()
             for activation in quadratics:
                 activation.project_()
+            if after_step is not None:
+                after_step()
             done += 1
             if done % 50 == 0 or done == steps:
                 value = float(loss.detach())

@@ -7,9 +7,9 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from blindtail.bundle import CloudBundle, EdgeBundle
-from blindtail.errors import DataError, ModelError
+from blindtail.errors import DataError, InputError, ModelError
 from blindtail.he.objective import Objective
 from blindtail.he.stability import Stability
 from blindtail.models.data import Images, load, load_folder
 from blindtail.models.fetch import FashionSource
-from blindtail.models.pack import judge_tails, pack, plan_tails
+from blindtail.models.pack import check_tails, judge_tails, pack, plan_tails
 from blindtail.models.split import SplitModel
 from blindtail.train.fit import Progress, bounded, fit
 from blindtail.train.measure import (
@@ -35,6 +35,8 @@ from blindtail.train.measure import (
     curve,
     routed,
 )
+from blindtail.train.pruning.owner import PrunedTails, check_layers, prune_tails, restored
+from blindtail.train.pruning.policy import Policy
 from blindtail.train.recipe import Recipe
 
 #: Images from which the compiler bounds every value of the tail.
@@ -68,7 +70,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run made; `stability` by cut, as the report has it."""
+    """What a run made; `stability` by cut, as the report has it, `orders` of pruned tails as a note."""
 
     model: SplitModel
     calibration: Calibration
@@ -76,6 +78,7 @@ class Trained:
     cloud: CloudBundle
     report: Mapping[str, Any]
     stability: Mapping[int, Stability]
+    orders: str = ""
 
     def save(self, folder: Path) -> None:
         """Write edge.bt, cloud.bt, report.json and the owner's checkpoint model.safetensors.
@@ -87,7 +90,10 @@ class Trained:
         with writing(folder):
             self.edge.save(folder / "edge.bt")
             self.cloud.save(folder / "cloud.bt")
-            save_report_and_weights(folder, self.report, self.model, {"training": json.dumps(history)})
+            notes = {"training": json.dumps(history)}
+            if self.orders:
+                notes["pruning"] = self.orders
+            save_report_and_weights(folder, self.report, self.model, notes)
 
 
 @contextmanager
@@ -124,11 +130,15 @@ def train(
     checkpoint: Path | None = None,
     allow_unstable: bool = False,
     objective: Objective | None = None,
+    prune: Policy | None = None,
 ) -> Trained:
     """Run a recipe from data to a pair of bundles.
 
     With a `checkpoint` (a safetensors file of the recipe's network, as `save`
     writes) nothing is trained: its weights are calibrated and compiled.
+
+    With `prune` the tails are then pruned (`blindtail.train.pruning`) and retrained, `recipe.epochs`
+    each time, at a third of the recipe's rate; stages and exits stay as they are.
 
     Thresholds and temperatures come from the validation split; the test split is
     only measured. The same recipe, data, thread count and library versions give
@@ -138,14 +148,26 @@ def train(
     """
     if objective is not None:
         plan_tails(recipe.build(), objective)
+    if prune is not None:
+        check_layers(recipe.build(), prune)
     start = time.perf_counter()
     history: dict[str, Any]
     if checkpoint is None:
+        untrained = recipe.build()
+        check_tails(untrained)
+        _check_images(untrained, splits)
         model = fit(recipe, splits.train, threads=threads, progress=progress)
         history = {"command": command, "training_s": round(time.perf_counter() - start, 1)}
     else:
         model = from_checkpoint(recipe, checkpoint)
         history = {"training_s": 0.0, **_history(checkpoint), "compiled_by": command}
+    pruned: PrunedTails | None = None
+    accuracy: dict[str, Any] = {}
+    if prune is not None:
+        start = time.perf_counter()
+        pruned, accuracy = _pruned(recipe, model, splits, prune, threads, progress, objective)
+        history["pruning_s"] = round(time.perf_counter() - start, 1)
+    orders = pruned.note() if pruned is not None else _note(checkpoint, "pruning") if checkpoint else ""
     with bounded(threads, recipe.seed):
         return finish(
             recipe,
@@ -155,7 +177,52 @@ def train(
             history=history,
             allow_unstable=allow_unstable,
             objective=objective,
+            pruned=pruned,
+            accuracy_before=accuracy,
+            orders=orders,
         )
+
+
+def _check_images(model: SplitModel, splits: Splits) -> None:
+    """Raises `InputError` saying which images do not fit the model."""
+    for what in ("train", "validation", "test"):
+        try:
+            model.preprocessing.apply(getattr(splits, what).pixels[:1])
+        except InputError as error:
+            raise InputError(f"{'training' if what == 'train' else what} images: {error}") from error
+
+
+def _pruned(
+    recipe: Recipe,
+    model: SplitModel,
+    splits: Splits,
+    policy: Policy,
+    threads: int,
+    progress: Progress | None,
+    objective: Objective | None,
+) -> tuple[PrunedTails, dict[str, Any]]:
+    """The tails pruned, in place; and accuracies by split as they were before."""
+    gentle = replace(recipe, peak_rate=recipe.peak_rate / 3)
+
+    def retrain(after_step: Callable[[], None]) -> None:
+        fit(
+            gentle,
+            splits.train,
+            model=model,
+            threads=threads,
+            progress=progress,
+            only_tails=True,
+            after_step=after_step,
+        )
+
+    with bounded(threads, recipe.seed):
+        before = {
+            name: accuracies(Verdicts.of(model, images))
+            for name, images in (("validation", splits.validation), ("test", splits.test))
+        }
+        calibration = splits.train.pixels[:CALIBRATION_IMAGES]
+        found = prune_tails(model, calibration, policy, retrain, objective=objective)
+    return found, before
 
 
 def from_checkpoint(recipe: Recipe, path: Path) -> SplitModel:
@@ -173,20 +240,25 @@ def from_checkpoint(recipe: Recipe, path: Path) -> SplitModel:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ModelError(f"{path} does not fit the network of recipe {recipe.name!r}: {error}") from error
-    if not all(bool(torch.isfinite(t).all()) for t in state.values() if t.is_floating_point()):
-        raise ModelError(f"{path} holds NaN or infinite weights")
+    for name, t in state.items():
+        if t.is_floating_point() and not bool(torch.isfinite(t).all()):
+            raise ModelError(f"{path}: {name} holds NaN or infinite weights: take an earlier checkpoint")
     return model.eval()
 
 
 def _history(checkpoint: Path) -> dict[str, Any]:
     """The command and the seconds of the training that `Trained.save` noted in a checkpoint."""
-    with safe_open(checkpoint, framework="pt") as file:
-        notes = (file.metadata() or {}).get("training", "{}")
     try:
-        found = json.loads(notes)
+        found = json.loads(_note(checkpoint, "training") or "{}")
     except ValueError:
         return {"command": ""}
     return {"command": "", **found} if isinstance(found, dict) else {"command": ""}
+
+
+def _note(checkpoint: Path, name: str) -> str:
+    """What `Trained.save` noted in a checkpoint under this name, or ""."""
+    with safe_open(checkpoint, framework="pt") as file:
+        return str((file.metadata() or {}).get(name, ""))
 
 
 def finish(
@@ -198,8 +270,15 @@ def finish(
     history: Mapping[str, Any],
     allow_unstable: bool = False,
     objective: Objective | None = None,
+    pruned: PrunedTails | None = None,
+    accuracy_before: Mapping[str, Any] | None = None,
+    orders: str = "",
 ) -> Trained:
-    """Judge, calibrate, measure and pack a trained model; `history` says how it was trained."""
+    """Judge, calibrate, measure and pack a trained model; `history` says how it was trained.
+
+    pruned, accuracy_before  when its tails were pruned: what was found, and how good they were before
+    orders                   of the units of tails that are or were pruned (`PrunedTails.note`)
+    """
     images = splits.train.pixels[:CALIBRATION_IMAGES]
     stability = judge_tails(model, images, splits.validation.pixels, allow_unstable=allow_unstable)
     validation, test = Verdicts.of(model, splits.validation), Verdicts.of(model, splits.test)
@@ -223,6 +302,7 @@ def finish(
         metrics=metrics,
         objective=objective,
         judged=True,
+        compilers=restored(model, orders, objective=objective) if orders else None,
     )
     described = edge.describe()
     report = {
@@ -260,6 +340,7 @@ def finish(
             for cut, spec in edge.cuts.items()
         },
         "stability": {str(cut): found.to_json() for cut, found in stability.items()},
+        **({} if pruned is None else {"pruning": _pruning(pruned, cloud, accuracy_before)}),
         "metrics": metrics,
         "first_1000_test_images": routed(test.take(1_000), calibration),
         "versions": {
@@ -267,4 +348,10 @@ def finish(
             **{name: packages.version(name) for name in ("torch", "numpy", "onnx", "safetensors")},
         },
     }
-    return Trained(model, calibration, edge, cloud, report, stability)
+    return Trained(model, calibration, edge, cloud, report, stability, orders)
+
+
+def _pruning(
+    pruned: PrunedTails, cloud: CloudBundle, accuracy_before: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    return {**pruned.report(cloud.programs), "accuracy_before": dict(accuracy_before or {})}

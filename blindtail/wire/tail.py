@@ -237,6 +237,7 @@ class EvaluateCall:
     """One encrypted activation. A retry resends the same `request_id` and bytes with attempt + 1.
 
     `remaining_s` is the time left for the reply to be of use; 0 means no deadline.
+    `program_id` names a segment of the session's tail; empty means the program of the session.
     """
 
     session: bytes
@@ -244,11 +245,14 @@ class EvaluateCall:
     container: bytes
     attempt: int = 0
     remaining_s: float = 0.0
+    program_id: str = ""
 
     def __post_init__(self) -> None:
         length(self.session, SESSION_BYTES, "session")
         length(self.request_id, REQUEST_ID_BYTES, "request_id")
         seconds(self.remaining_s, "remaining_s")
+        if self.program_id:
+            program_id(self.program_id)
 
     def encode(self) -> bytes:
         return build(
@@ -258,13 +262,14 @@ class EvaluateCall:
             attempt=self.attempt,
             remaining_s=self.remaining_s,
             container=self.container,
+            program_id=self.program_id,
         )
 
     @classmethod
     def decode(cls, data: bytes, container_bytes: int) -> EvaluateCall:
         """`container_bytes`: the largest container that any program here accepts."""
         m = parse(pb.EvaluateRequest(), data, container_bytes + OVERHEAD_BYTES)
-        return cls(m.session, m.request_id, m.container, m.attempt, m.remaining_s)
+        return cls(m.session, m.request_id, m.container, m.attempt, m.remaining_s, m.program_id)
 
 
 @dataclass(frozen=True, slots=True)

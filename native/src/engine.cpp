@@ -22,47 +22,85 @@ const Automorphism& Engine<W>::automorphism(u32 element) const {
 }
 
 template <class W>
-void Engine<W>::add_map(MapStep<W> step) {
-  const std::size_t rows = step.level + 2;
+void Engine<W>::add(Step step) {
+  const std::size_t value = steps_.size();  // the one before
+  if (step.sources.empty()) step.sources = {value};
+  const std::size_t above = step.kind == Kind::kSum ? 0 : 1;
+  for (std::size_t source : step.sources) {
+    if (source > value) throw std::invalid_argument("a step reads what is not there yet");
+    if (source == 0) {
+      if (steps_.empty()) input_level_ = step.level;
+      if (step.level > input_level_) throw std::invalid_argument("a step above its operand's level");
+      continue;
+    }
+    const Step& from = steps_[source - 1];
+    if (step.level + (from.kind == Kind::kSum ? 0 : 1) > from.level)
+      throw std::invalid_argument("a step above its operand's level");
+  }
+  if (step.level < above || step.level + 1 >= chain_.primes.size())
+    throw std::invalid_argument("a step's level");
+  chain_only_ = chain_only_ && step.sources == Sources{value} &&
+                step.kind == (value % 2 ? Kind::kSquare : Kind::kMap) && step.level + value == input_level_;
+  steps_.push_back(std::move(step));
+}
+
+template <class W>
+void Engine<W>::add_map(MapStep<W> step, Sources sources) {
+  const std::size_t rows = step.level + 2, operands = std::max<std::size_t>(sources.size(), 1);
   if (step.level < 1 || step.level + 1 >= chain_.primes.size()) throw std::invalid_argument("a map's level");
   if (step.plain.size() != rows * step.diagonals * n() || step.bias.size() != step.level * n())
     throw std::invalid_argument("a map's plaintexts");
+  if (step.inputs.empty()) step.inputs.assign(step.babies.size(), 0);
+  if (step.inputs.size() != step.babies.size() ||
+      std::any_of(step.inputs.begin(), step.inputs.end(), [&](std::size_t i) { return i >= operands; }))
+    throw std::invalid_argument("a map's operands");
   for (const auto& giant : step.giants)
     for (const auto& term : giant)
       if (term.baby >= step.babies.size() || term.diagonal >= step.diagonals)
         throw std::invalid_argument("a map's steps");
   if (step.giants.empty() || step.giants.back().empty())
     throw std::invalid_argument("a map without products");
-  if (!steps_.empty()) {
-    const std::size_t before = steps_.back().map ? steps_.back().map->level : steps_.back().square.level;
-    if (before != step.level + 1) throw std::invalid_argument("levels do not follow each other");
-  }
   for (u32 element : step.babies) use(element);
   if (step.giants.size() > 1) use(step.giant);
   for (const auto& group : step.folds)
     for (u32 element : group) use(element);
-  steps_.push_back({std::make_unique<MapStep<W>>(std::move(step)), {}});
+  const std::size_t level = step.level;
+  add({Kind::kMap, level, std::move(sources), std::make_unique<MapStep<W>>(std::move(step))});
 }
 
 template <class W>
-void Engine<W>::add_square(std::size_t level) {
-  if (steps_.empty() || !steps_.back().map || steps_.back().map->level != level + 1 || level < 1)
-    throw std::invalid_argument("a square follows a map one level up");
-  steps_.push_back({nullptr, {level}});
+void Engine<W>::add_square(std::size_t level, Sources sources) {
+  if (sources.size() > 1) throw std::invalid_argument("a square has one operand");
+  add({Kind::kSquare, level, std::move(sources)});
+}
+
+template <class W>
+void Engine<W>::add_product(std::size_t level, Sources sources) {
+  if (sources.size() != 2) throw std::invalid_argument("a product has two operands");
+  add({Kind::kProduct, level, std::move(sources)});
+}
+
+template <class W>
+void Engine<W>::add_sum(std::size_t level, Sources sources, Buffer<W> constant) {
+  if (sources.empty() || sources.size() > 2 || (constant.size() && constant.size() != (level + 1) * n()))
+    throw std::invalid_argument("a sum's operands");
+  add({Kind::kSum, level, std::move(sources), nullptr, std::move(constant)});
 }
 
 template <class W>
 void Engine<W>::finish() {
-  if (steps_.empty() || !steps_.back().map || steps_.back().map->level != 1)
+  if (steps_.empty() || !steps_.back().map || steps_.back().level != 1)
     throw std::invalid_argument("a program ends in a map at level 1");
-  input_level_ = steps_.front().map->level;
   max_rows_ = input_level_ + 2;
   std::size_t babies = 0;
-  for (const Step& step : steps_)
-    if (step.map) {
-      babies = std::max(babies, step.map->babies.size());
-      max_giants_ = std::max(max_giants_, step.map->giants.size());
-    }
+  for (const Step& step : steps_) {
+    // What comes out at level 0 has its bias in coefficient form, for the reply.
+    if (&step != &steps_.back() && step.level < (step.kind == Kind::kSum ? 1 : 2))
+      throw std::invalid_argument("a step before the last ends at level 0");
+    if (!step.map) continue;
+    babies = std::max(babies, step.map->babies.size());
+    max_giants_ = std::max(max_giants_, step.map->giants.size());
+  }
   max_giants_ = std::max<std::size_t>(max_giants_, 2);
   scratch_limbs_ = 2 * babies + kTemporaries;
   c0_ = Buffer<W>(max_rows_ * n());
@@ -72,6 +110,7 @@ void Engine<W>::finish() {
   digits_ = Buffer<W>(max_rows_ * max_rows_ * (n() + kGap));
   sums_ = Buffer<W>(max_giants_ * 2 * (max_rows_ + 1) * n());
   rows_.assign(max_rows_ * max_rows_, nullptr);
+  if (!chain_only_) place_values();
 }
 
 template <class W>
@@ -94,7 +133,7 @@ void Engine<W>::check(const Keys<W>& keys) const {
   };
   for (const Step& step : steps_) {
     if (!step.map) {
-      need(0, step.square.level);
+      if (step.kind != Kind::kSum) need(0, step.level);
       continue;
     }
     for (u32 element : step.map->babies) need(element, step.map->level);
@@ -136,6 +175,11 @@ void Engine<W>::times_p(std::size_t level) {
 
 template <class W>
 void Engine<W>::run(const Keys<W>& keys, std::size_t threads) {
+  if (!chain_only_) {
+    pool(keys, threads);
+    run_graph(keys);
+    return;
+  }
   begin(keys, threads);
   times_p(input_level_);
   run_from(0, keys);
@@ -145,7 +189,7 @@ template <class W>
 void Engine<W>::run_from(std::size_t first, const Keys<W>& keys) {
   for (std::size_t i = first; i < steps_.size(); ++i) {
     if (!steps_[i].map) {
-      run_square(steps_[i].square.level, keys);
+      run_square(steps_[i].level, keys);
       continue;
     }
     const bool last = i + 1 == steps_.size(), next_square = !last && !steps_[i + 1].map;
@@ -198,7 +242,7 @@ void Engine<W>::switch_row(const Key<W>& key, std::size_t level, std::size_t row
 /// All giant steps' sums modulo Q P, from c0_ (times P) and the digits: rotated inputs, then products.
 /// An automorphism takes each block of a row from one block, so that blocks are independent.
 template <class W>
-void Engine<W>::map_products(const MapStep<W>& step, const Keys<W>& keys) {
+void Engine<W>::map_products(const MapStep<W>& step, const Keys<W>& keys, std::size_t input) {
   const std::size_t level = step.level, rows = level + 2;
   each_block(rows, [&](std::size_t row, Block block, std::size_t thread) {
     const std::size_t j = prime_of(row, level);
@@ -210,6 +254,7 @@ void Engine<W>::map_products(const MapStep<W>& step, const Keys<W>& keys) {
       return scratch(thread, kTemporaries + 2 * b + half, block.count);
     };
     for (std::size_t b = 0; b < step.babies.size(); ++b) {
+      if (step.inputs[b] != input) continue;
       if (step.babies[b] == 1) {
         if (special) continue;
         std::memcpy(turned(b, 0), c0 + block.first, block.count * sizeof(W));
@@ -230,14 +275,14 @@ void Engine<W>::map_products(const MapStep<W>& step, const Keys<W>& keys) {
     for (std::size_t g = 0; g < step.giants.size(); ++g) {
       W *out0 = sum(g, 0) + row * n() + block.first, *out1 = sum(g, 1) + row * n() + block.first;
       std::size_t count = 0;
-      bool any = false;
+      bool any = input > 0;  // what operands before gave is there
       const auto flush = [&] {
         if (count) chain_.k.dot_plain(part, out0, out1, in0, in1, plain, count, any);
         any = any || count;
         count = 0;
       };
       for (const auto& term : step.giants[g]) {
-        if (special && step.babies[term.baby] == 1) continue;
+        if (step.inputs[term.baby] != input || (special && step.babies[term.baby] == 1)) continue;
         in0[count] = turned(term.baby, 0);
         in1[count] = turned(term.baby, 1);
         plain[count] = step.plain.data() + (row * step.diagonals + term.diagonal) * n() + block.first;
@@ -254,8 +299,13 @@ void Engine<W>::map_products(const MapStep<W>& step, const Keys<W>& keys) {
 
 template <class W>
 void Engine<W>::map_sums(const MapStep<W>& step, const Keys<W>& keys) {
-  const std::size_t level = step.level;
   map_products(step, keys);
+  giant_steps(step, keys);
+}
+
+template <class W>
+void Engine<W>::giant_steps(const MapStep<W>& step, const Keys<W>& keys) {
+  const std::size_t level = step.level;
   // Horner: total = rotate(total) + next, from the last giant step down.
   for (std::size_t g = step.giants.size(); g-- > 1;) {
     mod_down(level, {{sum(g, 1), coef_.data(), Form::kCoefficient}});
@@ -276,8 +326,13 @@ void Engine<W>::map_sums(const MapStep<W>& step, const Keys<W>& keys) {
 
 template <class W>
 void Engine<W>::run_map(const MapStep<W>& step, const Keys<W>& keys, bool last, bool next_square) {
-  const std::size_t level = step.level;
   map_sums(step, keys);
+  finish_map(step, keys, last, next_square);
+}
+
+template <class W>
+void Engine<W>::finish_map(const MapStep<W>& step, const Keys<W>& keys, bool last, bool next_square) {
+  const std::size_t level = step.level;
   const Form form0 = last ? Form::kCoefficient : Form::kNtt;
   const Form form1 = next_square ? Form::kNtt : Form::kCoefficient;
   W* c1 = (next_square ? c1_ : coef_).data();
@@ -349,7 +404,6 @@ void Engine<W>::run_square(std::size_t level, const Keys<W>& keys) {
 /// The square of (c0_, c1_), relinearised, modulo Q P in the first pair of sums.
 template <class W>
 void Engine<W>::square_sums(std::size_t level, const Keys<W>& keys) {
-  const Key<W>& relin = keys.at(0);
   // d2 goes where c1 was wanted in coefficient form; its NTT stays in work_.
   pool_->each(level + 1, [&](std::size_t j, std::size_t) {
     W *c0 = c0_.data() + j * n(), *c1 = c1_.data() + j * n(), *d2 = work_.data() + j * n();
@@ -357,6 +411,13 @@ void Engine<W>::square_sums(std::size_t level, const Keys<W>& keys) {
     chain_.k.square(chain_.primes[j], d0, d1, d2, c0, c1);
     chain_.k.intt(chain_.primes[j], coef_.data() + j * n(), d2);
   });
+  relinearise(level, keys);
+}
+
+/// (d0, d1) in the second pair of sums and d2, in work_ and coef_: the first pair of sums, modulo Q P.
+template <class W>
+void Engine<W>::relinearise(std::size_t level, const Keys<W>& keys) {
+  const Key<W>& relin = keys.at(0);
   decompose(level, work_.data());
   each_block(level + 2, [&](std::size_t row, Block block, std::size_t) {
     const std::size_t j = prime_of(row, level), at = row * n() + block.first;

@@ -6,6 +6,9 @@
 // rotations of a ciphertext (hoisting: Halevi and Shoup, CRYPTO 2018), sums stay modulo
 // Q P until the end of a map (double hoisting: Bossuat et al., EUROCRYPT 2021), giant
 // steps run Horner-style with one key, and dividing by P and by the map's prime is one step.
+//
+// Most plans are chains, each step reading what the one before gave, in whatever form it gave it. Plans
+// that join values of several steps keep every value in NTT form until its last use (engine_graph.cpp).
 #pragma once
 
 #include <cstddef>
@@ -68,7 +71,8 @@ struct MapStep {
     std::size_t diagonal;  // index of the plaintext
   };
   std::size_t level = 0;
-  std::vector<u32> babies;                // Galois elements; 1 = the input itself
+  std::vector<u32> babies;          // Galois elements; 1 = the input itself
+  std::vector<std::size_t> inputs;  // which of the step's operands each baby step turns; empty: the first
   std::vector<std::vector<Term>> giants;  // by giant step
   u32 giant = 1;                          // Galois element of one giant step
   std::vector<std::vector<u32>> folds;    // groups of Galois elements
@@ -78,9 +82,8 @@ struct MapStep {
   std::span<const W> bias;   // [prime 0 ... level - 1][n], NTT form (coefficient form in the last map)
 };
 
-struct SquareStep {
-  std::size_t level = 0;
-};
+/// What a step reads: values by number. The input is 0, step i makes i + 1. Empty: the one before.
+using Sources = std::vector<std::size_t>;
 
 template <class W>
 class EngineTimer;
@@ -90,9 +93,14 @@ class Engine {
  public:
   Engine(int log_n, std::span<const u64> primes, const char* instructions);
 
-  /// Steps in order of execution. `last` = coefficient form is wanted afterwards.
-  void add_map(MapStep<W> step);
-  void add_square(std::size_t level);
+  /// Steps in order of execution; operands above a step's level are taken at that level.
+  void add_map(MapStep<W> step, Sources sources = {});
+  void add_square(std::size_t level, Sources sources = {});
+  /// Of two values, relinearised and rescaled.
+  void add_product(std::size_t level, Sources sources);
+  /// Of one or two values and, unless it is empty, `constant`: [prime 0 ... level][n], NTT form. Stays at
+  /// its level.
+  void add_sum(std::size_t level, Sources sources, Buffer<W> constant);
   /// Allocates what a run needs.
   void finish();
 
@@ -134,9 +142,17 @@ class Engine {
   struct Block {
     std::size_t first, count;
   };
+  enum class Kind { kMap, kSquare, kProduct, kSum };
   struct Step {
-    std::unique_ptr<MapStep<W>> map;  // null: a square
-    SquareStep square;
+    Kind kind;
+    std::size_t level;
+    Sources sources;
+    std::unique_ptr<MapStep<W>> map = nullptr;
+    Buffer<W> constant = {};
+  };
+  /// A value of a plan that is no chain: where it is kept, in NTT form.
+  struct Place {
+    std::size_t buffer, level;
   };
 
   /// Where the parts of a ticket are; limbs by row.
@@ -158,13 +174,26 @@ class Engine {
   TicketParts ticket_parts(W* words) const;
   void map_row_of_c0(const MapStep<W>& map, std::size_t row, std::size_t thread, W* out);
 
+  void add(Step step);
+  void place_values();
+  void run_graph(const Keys<W>& keys);
+  void graph_map(const Step& step, const Keys<W>& keys);
+  void load(std::size_t value, std::size_t level, bool turned);
+  W* kept(std::size_t value, std::size_t half) {
+    const Place& place = places_[value];
+    return values_[place.buffer].data() + half * max_rows_ * n();
+  }
   void use(u32 element);
   void begin(const Keys<W>& keys, std::size_t threads);
   void run_from(std::size_t first, const Keys<W>& keys);
   void map_sums(const MapStep<W>& step, const Keys<W>& keys);
-  void map_products(const MapStep<W>& step, const Keys<W>& keys);
+  void map_products(const MapStep<W>& step, const Keys<W>& keys, std::size_t input = 0);
+  void giant_steps(const MapStep<W>& step, const Keys<W>& keys);
+  /// From the giant steps' sums to the map's result.
+  void finish_map(const MapStep<W>& step, const Keys<W>& keys, bool last, bool next_square);
   std::size_t fold_all(const MapStep<W>& step, const Keys<W>& keys);
   void square_sums(std::size_t level, const Keys<W>& keys);
+  void relinearise(std::size_t level, const Keys<W>& keys);
   void check(const Keys<W>& keys) const;
   std::size_t prime_of(std::size_t row, std::size_t level) const {
     return row <= level ? row : chain_.special();
@@ -212,6 +241,9 @@ class Engine {
 
   Chain<W> chain_;
   std::vector<Step> steps_;
+  bool chain_only_ = true;     // every step reads the one before, and is a map or a square
+  std::vector<Place> places_;  // by value, in plans that are no chain
+  std::vector<Buffer<W>> values_;
   std::map<u32, Automorphism> automorphisms_;
   std::size_t input_level_ = 0, max_rows_ = 0, scratch_limbs_ = 0, max_giants_ = 1;
   std::size_t blocks_ = 1;  // of a row, in loops word by word

@@ -5,6 +5,8 @@
 // its second; so are folds, and of the square that follows only c0^2 and 2 c0 c1 need c0.
 // All sums are exact modulo the primes and every rounding happens where the whole run has
 // it: a run with a ticket gives the same words as one without.
+//
+// Of plans that are no chain a ticket holds c1 itself: the seed need not be expanded again.
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -15,6 +17,7 @@ namespace blindtail {
 
 template <class W>
 std::size_t Engine<W>::ticket_limbs() const {
+  if (!chain_only_) return input_level_ + 1;
   const MapStep<W>& map = *steps_.front().map;
   const std::size_t level = map.level, square = steps_.size() > 1 ? 2 * (level + 1) : 0;
   return (level + 2) + (map.folds.empty() ? 0 : level + 1) + level + square;
@@ -34,6 +37,11 @@ typename Engine<W>::TicketParts Engine<W>::ticket_parts(W* words) const {
 
 template <class W>
 void Engine<W>::make_ticket(const Keys<W>& keys, std::size_t threads, W* words) {
+  if (!chain_only_) {
+    pool(keys, threads);
+    std::memcpy(words, c1_.data(), ticket_words() * sizeof(W));
+    return;
+  }
   begin(keys, threads);
   const MapStep<W>& map = *steps_.front().map;
   const std::size_t level = map.level;
@@ -65,6 +73,11 @@ void Engine<W>::make_ticket(const Keys<W>& keys, std::size_t threads, W* words) 
 template <class W>
 void Engine<W>::run_ticket(const Keys<W>& keys, std::size_t threads, const W* words) {
   pool(keys, threads);
+  if (!chain_only_) {
+    std::memcpy(c1_.data(), words, ticket_words() * sizeof(W));
+    run_graph(keys);
+    return;
+  }
   const MapStep<W>& map = *steps_.front().map;
   const std::size_t level = map.level, below = level - 1, special = chain_.special();
   const TicketParts parts = ticket_parts(const_cast<W*>(words));

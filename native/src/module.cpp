@@ -56,12 +56,14 @@ class PyTail {
 
   void add_map(std::size_t level, const std::vector<u32>& babies, const Giants& giants, u32 giant,
                const std::vector<std::vector<u32>>& folds, const Doubles& diagonals, double plain_scale,
-               const Doubles& bias, double bias_scale, const std::optional<Doubles>& imaginary) {
+               const Doubles& bias, double bias_scale, const std::optional<Doubles>& imaginary,
+               const Sources& inputs, const Sources& sources) {
     const MapDescription map{level,       babies,
                              giants,      giant,
                              folds,       {diagonals.data(), diagonals.size()},
                              plain_scale, {bias.data(), bias.size()},
-                             bias_scale,  given(imaginary)};
+                             bias_scale,  given(imaginary),
+                             inputs,      sources};
     const nb::gil_scoped_release released;
     tail_->add_map(map);
   }
@@ -78,9 +80,16 @@ class PyTail {
   }
 
   void add_encoded_map(std::size_t level, const std::vector<u32>& babies, const Giants& giants, u32 giant,
-                       const std::vector<std::vector<u32>>& folds, const ByteArray& encoded) {
+                       const std::vector<std::vector<u32>>& folds, const ByteArray& encoded,
+                       const Sources& inputs, const Sources& sources) {
     encoded_.push_back(encoded);
-    tail_->add_encoded_map({level, babies, giants, giant, folds, {}, 1, {}, 1}, span(encoded));
+    const MapDescription map{level, babies, giants, giant, folds, {}, 1, {}, 1, {}, inputs, sources};
+    tail_->add_encoded_map(map, span(encoded));
+  }
+
+  void add_sum(std::size_t level, const Sources& sources, const std::optional<Doubles>& constant,
+               double scale) {
+    tail_->add_sum(level, sources, given(constant), scale);
   }
 
   void prepare_key(u32 element, std::size_t level, const ByteArray& body, const MutableByteArray& out) const {
@@ -294,7 +303,8 @@ NB_MODULE(_native, module) {
            nb::arg("primes"), nb::arg("instructions") = "", nb::arg("word_bits") = 0)
       .def("add_map", &PyTail::add_map, nb::arg("level"), nb::arg("babies"), nb::arg("giants"),
            nb::arg("giant"), nb::arg("folds"), nb::arg("diagonals"), nb::arg("plain_scale"), nb::arg("bias"),
-           nb::arg("bias_scale"), nb::arg("imaginary") = nb::none())
+           nb::arg("bias_scale"), nb::arg("imaginary") = nb::none(), nb::arg("inputs") = Sources{},
+           nb::arg("sources") = Sources{})
       .def(
           "map_bytes",
           [](PyTail& self, std::size_t level, std::size_t diagonals) {
@@ -304,10 +314,22 @@ NB_MODULE(_native, module) {
       .def("encode_map", &PyTail::encode_map, nb::arg("level"), nb::arg("diagonals"), nb::arg("plain_scale"),
            nb::arg("bias"), nb::arg("bias_scale"), nb::arg("out"), nb::arg("imaginary") = nb::none())
       .def("add_encoded_map", &PyTail::add_encoded_map, nb::arg("level"), nb::arg("babies"),
-           nb::arg("giants"), nb::arg("giant"), nb::arg("folds"), nb::arg("encoded"))
+           nb::arg("giants"), nb::arg("giant"), nb::arg("folds"), nb::arg("encoded"),
+           nb::arg("inputs") = Sources{}, nb::arg("sources") = Sources{})
       .def(
-          "add_square", [](PyTail& self, std::size_t level) { self.tail().add_square(level); },
-          nb::arg("level"))
+          "add_square",
+          [](PyTail& self, std::size_t level, const Sources& sources) {
+            self.tail().add_square(level, sources);
+          },
+          nb::arg("level"), nb::arg("sources") = Sources{})
+      .def(
+          "add_product",
+          [](PyTail& self, std::size_t level, const Sources& sources) {
+            self.tail().add_product(level, sources);
+          },
+          nb::arg("level"), nb::arg("sources"))
+      .def("add_sum", &PyTail::add_sum, nb::arg("level"), nb::arg("sources"),
+           nb::arg("constant") = nb::none(), nb::arg("scale") = 1.0)
       .def(
           "finish",
           [](PyTail& self, std::size_t period, int dropped) { self.tail().finish(period, dropped); },

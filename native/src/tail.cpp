@@ -79,6 +79,7 @@ class TailOf final : public Tail {
     MapStep<W> step;
     step.level = map.level;
     step.babies = map.babies;
+    step.inputs = map.inputs;
     step.giant = map.giant;
     step.folds = map.folds;
     for (const auto& giant : map.giants) {
@@ -92,11 +93,32 @@ class TailOf final : public Tail {
     const std::span<const W> words(reinterpret_cast<const W*>(encoded.data()), encoded.size() / sizeof(W));
     step.bias = words.last(map.level * n());
     step.plain = words.first(words.size() - step.bias.size());
-    engine_.add_map(std::move(step));
+    engine_.add_map(std::move(step), map.sources);
     plain_bytes_ += encoded.size();
   }
 
-  void add_square(std::size_t level) override { engine_.add_square(level); }
+  void add_square(std::size_t level, std::vector<std::size_t> sources) override {
+    engine_.add_square(level, std::move(sources));
+  }
+
+  void add_product(std::size_t level, std::vector<std::size_t> sources) override {
+    engine_.add_product(level, std::move(sources));
+  }
+
+  void add_sum(std::size_t level, std::vector<std::size_t> sources, std::span<const double> constant,
+               double scale) override {
+    Buffer<W> words;
+    if (!constant.empty()) {
+      if (constant.size() != n() / 2 || level + 1 >= primes_.size())
+        throw std::invalid_argument("a constant's slots or level");
+      words = Buffer<W>((level + 1) * n());
+      std::vector<W*> rows(level + 1);
+      for (std::size_t row = 0; row < rows.size(); ++row) rows[row] = words.data() + row * n();
+      encode(constant.data(), nullptr, scale, level, false, rows);
+      plain_bytes_ += words.size() * sizeof(W);
+    }
+    engine_.add_sum(level, std::move(sources), std::move(words));
+  }
 
   void finish(std::size_t period, int dropped) override {
     engine_.finish();

@@ -37,6 +37,8 @@ struct MapDescription {
   std::span<const double> bias;
   double bias_scale = 1;
   std::span<const double> imaginary = {};  // of the diagonals; empty: they are real
+  std::vector<std::size_t> inputs = {};    // which operand each baby step turns; empty: the first
+  std::vector<std::size_t> sources = {};   // the operands, as values (engine.hpp); empty: the one before
 };
 
 /// The two word types behind one face. Throws std::invalid_argument for what cannot be, BodyError for
@@ -61,7 +63,7 @@ class Tail {
   };
 
   virtual ~Tail() = default;
-  /// The maps and squares in their order, then `finish`. period, dropped: the reply's form.
+  /// The steps in their order, then `finish`. period, dropped: the reply's form.
   virtual void add_map(const MapDescription& map) = 0;
   /// Bytes of an encoded map, diagonals and bias: a multiple of 64.
   virtual std::size_t map_bytes(std::size_t level, std::size_t diagonals) const = 0;
@@ -71,7 +73,11 @@ class Tail {
   /// As `add_map` for what `encode_map` made of this map: it is read in place, from memory that the caller
   /// keeps alive and unchanged, and the description's diagonals and bias are not looked at.
   virtual void add_encoded_map(const MapDescription& map, std::span<const std::uint8_t> encoded) = 0;
-  virtual void add_square(std::size_t level) = 0;
+  virtual void add_square(std::size_t level, std::vector<std::size_t> sources = {}) = 0;
+  virtual void add_product(std::size_t level, std::vector<std::size_t> sources) = 0;
+  /// constant: N / 2 slots, encoded at `scale` and the sum's level, or empty.
+  virtual void add_sum(std::size_t level, std::vector<std::size_t> sources, std::span<const double> constant,
+                       double scale) = 0;
   virtual void finish(std::size_t period, int dropped) = 0;
 
   virtual int word_bits() const = 0;

@@ -45,13 +45,14 @@ std::vector<std::uint8_t> seeded_body(const std::vector<u64>& of, std::mt19937_6
   return write_seeded<u64>(of, kN, seed, rows.data());
 }
 
-/// A tail with keys: a map with baby and giant steps and folds, a square, a map with two groups of folds.
+/// A tail with keys: a map with baby and giant steps and folds, a square, a map with two groups of folds. If
+/// `joined`, no chain: a product with the input and a sum besides, and the last map reads the input as well.
 struct Subject {
   std::unique_ptr<Tail> tail;
   std::vector<Buffer<std::uint8_t>> memory;
   std::unique_ptr<Tail::LoadedKeys> keys;
 
-  Subject(const char* instructions, int word_bits)
+  Subject(const char* instructions, int word_bits, bool joined = false)
       : tail(make_tail(kLogN, kPrimes, instructions, word_bits)) {
     std::mt19937_64 random(1);
     std::vector<double> slots(4 * kN / 2), bias(kN / 2);
@@ -60,7 +61,26 @@ struct Subject {
     const std::span<const double> half(slots.data(), slots.size() / 2);
     tail->add_map({3, {1, 3}, {{{0, 0}, {1, 1}}, {{0, 2}, {1, 3}}}, 9, {{5}}, slots, 1e8, bias, 5e7});
     tail->add_square(2);
-    tail->add_map({1, {1, 25}, {{{0, 0}, {1, 1}}}, 1, {{2 * kN - 1}, {2 * kN - 1}}, half, 1e8, bias, 5e7});
+    const std::vector<std::vector<u32>> folds{{2 * kN - 1}, {2 * kN - 1}};
+    if (joined) {
+      tail->add_product(2, {1, 0});
+      tail->add_sum(1, {2, 3}, bias, 5e7);
+      const std::span<const double> three(slots.data(), 3 * kN / 2);
+      tail->add_map({1,
+                     {1, 25, 1},
+                     {{{0, 0}, {1, 1}, {2, 2}}},
+                     1,
+                     folds,
+                     three,
+                     1e8,
+                     bias,
+                     5e7,
+                     {},
+                     {0, 0, 1},
+                     {4, 0}});
+    } else {
+      tail->add_map({1, {1, 25}, {{{0, 0}, {1, 1}}}, 1, folds, half, 1e8, bias, 5e7});
+    }
     tail->finish(8, 3);
     std::vector<StoredKey> stored;
     for (const KeyShape& shape : kKeys) {
@@ -83,7 +103,7 @@ std::vector<std::uint8_t> request(unsigned seed) {
   return seeded_body({kPrimes.begin(), kPrimes.end() - 1}, random);
 }
 
-void test_all_alike() {
+void test_all_alike(bool joined) {
   const std::vector<std::uint8_t> body = request(2), other = request(3);
   const Bytes seed = Bytes(body).first(kSeedBytes);
   std::vector<std::uint8_t> wanted;
@@ -91,7 +111,7 @@ void test_all_alike() {
     for (const char* name : {"portable", "avx2", "avx512"}) {
       if (word_bits == 64 && name != std::string("portable")) continue;
       try {
-        Subject one(name, word_bits);
+        Subject one(name, word_bits, joined);
         for (const std::size_t threads : {1, 2, 3, 4, 8}) {
           const auto reply = one.tail->evaluate(*one.keys, body, threads);
           if (wanted.empty()) wanted = reply;
@@ -147,10 +167,42 @@ void test_bad_residues() {
     }
 }
 
+/// A plan that reads what is not there, or above its level, or that ends early, is refused.
+void test_plans_that_cannot_be() {
+  const std::vector<double> slots(2 * kN / 2), bias(kN / 2);
+  const auto refused = [&](const auto& plan) {
+    auto tail = make_tail(kLogN, kPrimes, "portable", 32);
+    tail->add_map({3, {1, 3}, {{{0, 0}, {1, 1}}}, 1, {}, slots, 1e8, bias, 5e7});
+    try {
+      plan(*tail);
+    } catch (const std::invalid_argument&) {
+      return true;
+    }
+    return false;
+  };
+  const MapDescription last{1, {1, 25}, {{{0, 0}, {1, 1}}}, 1, {}, slots, 1e8, bias, 5e7};
+  CHECK(!refused([&](Tail& t) { t.add_square(2, {1}), t.add_map(last), t.finish(8, 3); }));  // the control
+  CHECK(refused([&](Tail& t) { t.add_square(2, {2}); }));
+  CHECK(refused([&](Tail& t) { t.add_square(3, {1}); }));
+  CHECK(refused([&](Tail& t) { t.add_square(0, {1}); }));
+  CHECK(refused([&](Tail& t) { t.add_square(2, {1, 1}); }));
+  CHECK(refused([&](Tail& t) { t.add_product(2, {1}); }));
+  CHECK(refused([&](Tail& t) { t.add_sum(2, {}, bias, 1e8); }));
+  CHECK(refused([&](Tail& t) { t.add_sum(2, {1}, std::span(bias).first(8), 1e8); }));
+  CHECK(refused([&](Tail& t) { t.add_product(1, {1, 0}), t.finish(8, 3); }));
+  CHECK(refused([&](Tail& t) {
+    auto map = last;
+    map.inputs = {0, 1};
+    t.add_map(map);
+  }));
+}
+
 }  // namespace
 
 int main() {
-  test_all_alike();
+  test_all_alike(false);
+  test_all_alike(true);
+  test_plans_that_cannot_be();
   test_several_callers();
   test_bad_residues();
   if (failures == 0) std::puts("tail: all good");

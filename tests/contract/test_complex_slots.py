@@ -12,8 +12,9 @@ from blindtail.he import slotmaps
 from blindtail.he.backends import open_evaluator
 from blindtail.he.clear import ClearEvaluator
 from blindtail.he.compiler import compile_tail
-from blindtail.he.layers import FloatArray, evaluate_clear, squares_only
+from blindtail.he.layers import FloatArray
 from blindtail.he.native_backend import available
+from blindtail.he.normal import normalised
 from blindtail.he.operations import MapOp
 from blindtail.he.program import Program
 from blindtail.he.secret import Decryptor, Encryptor, SecretKey
@@ -45,7 +46,7 @@ def test_complex_slots_keep_their_bound(
     evaluator.prepare_keys(tmp_path / "keys", tmp_path / "prepared")
     keys = evaluator.load_keys(tmp_path / "prepared")
     encryptor, decryptor = Encryptor(spec, secret), Decryptor(spec, secret)
-    want = evaluate_clear(squares_only(random_layers(NETS[name][0])), x)
+    want = normalised(random_layers(NETS[name][0]))(x)
     of_bound = []
     for at in range(0, len(x) if backend == "native" else 16, lanes):
         request = encryptor.encrypt(x[at : at + lanes] if lanes > 1 else x[at])
@@ -76,7 +77,7 @@ def test_noise_is_what_the_bound_assumes(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in NETS:
         with monkeypatch.context() as only:
             compiled, x = _compiled(name, slice(1, None), only)
-        want = evaluate_clear(squares_only(random_layers(NETS[name][0])), x)
+        want = normalised(random_layers(NETS[name][0]))(x)
         error = ClearEvaluator(compiled, 1).logits(x) - want
         assert 0.7 < error.std() / compiled.spec.predicted_noise < 1.4
 
@@ -87,5 +88,5 @@ def test_a_ciphertext_holds_two_elements_a_slot() -> None:
     layers = random_layers((features, 10))
     compiled = compile_tail(layers, x, ring_degree=8192)
     assert compiled.spec.parameters.slots < features
-    want = evaluate_clear(squares_only(layers), x)
+    want = normalised(layers)(x)
     assert np.allclose(ClearEvaluator(compiled).logits(x), want, atol=1e-9)

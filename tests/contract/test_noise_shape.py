@@ -14,7 +14,8 @@ import pytest
 
 from bench.tails import Client, random_layers
 from blindtail.he.compiler import compile_tail
-from blindtail.he.layers import Affine, evaluate_clear, squares_only
+from blindtail.he.layers import Affine
+from blindtail.he.normal import normalised
 from tests.he_cases import Case, activations, program, rewritten_logits
 
 
@@ -55,7 +56,7 @@ def test_logits_much_smaller_than_one_keep_their_bound() -> None:
     small = [*rest, replace(last, weight=last.weight / 1000, bias=last.bias / 1000)]
     x = activations(Case((64, 32, 10)), 4)
     compiled = compile_tail(small, x)
-    want = evaluate_clear(squares_only(small), x)
+    want = normalised(small)(x)
     assert np.abs(want).max() < 0.05
     assert compiled.spec.reply.scale < compiled.spec.parameters.primes[0]
     client = Client.of(compiled)

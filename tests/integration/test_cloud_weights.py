@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import cloud.evaluator
+from blindtail.bundle import save_program
 from blindtail.he.native_backend import available
 from blindtail.rpc import INSECURE_LOOPBACK
 from cloud.evaluator import EvaluatorActor
@@ -17,7 +18,7 @@ from cloud.keyfolder import encoded_folder, program_path
 from cloud.local import LocalCell
 from cloud.operator_client import OperatorClient
 from tests.cloud_cases import bundle, program
-from tests.model_cases import bundle_of, file_of, retrained
+from tests.model_cases import file_of, retrained
 
 pytestmark = [
     pytest.mark.timeout(60),
@@ -86,7 +87,7 @@ def test_the_actor_shares_below_the_state_directory(tmp_path: Path, monkeypatch:
     one, two = (retrained(version).spec.program_id for version in "12")
     (tmp_path / "programs").mkdir()
     for version, program_id in (("1", one), ("2", two)):
-        bundle_of(version).save(program_path(tmp_path, program_id))
+        save_program(program_path(tmp_path, program_id), retrained(version))
     actor = EvaluatorActor(tmp_path, [one, f"{one}:{two}"], "native", 1 << 20, 1)
     assert [path.name.partition(".")[0] for path in encoded_files(tmp_path)] == sorted((one, two))
     inodes = [os.stat(path).st_ino for path in encoded_files(tmp_path)]

@@ -97,9 +97,9 @@ def test_no_seed_is_ever_sent_with_two_messages(cell: LocalCell, folder: Path) -
         (tail,) = edge._tails.values()
         evaluate = tail.evaluate
 
-        def watch(container: bytes, remaining_s: float | None) -> TailReply:
+        def watch(container: bytes, remaining_s: float | None, segment: int = 0) -> TailReply:
             sent.append(container)
-            return evaluate(container, remaining_s)
+            return evaluate(container, remaining_s, segment)
 
         tail.evaluate = watch  # type: ignore[method-assign]
 

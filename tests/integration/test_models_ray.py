@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import cloud.evaluator
+from blindtail.bundle import save_program
 from blindtail.errors import ModelWithdrawn, TailError
 from blindtail.he.clear import ClearDecryptor, ClearEncryptor
 from blindtail.rpc import INSECURE_LOOPBACK
@@ -22,7 +23,7 @@ from cloud.keyfolder import program_path
 from cloud.operator_client import OperatorClient
 from tests.cell_process import launch, until_ready, wait_for
 from tests.cloud_cases import Client, activation, clear_keys
-from tests.model_cases import bundle_of, file_of, logits_of, retrained
+from tests.model_cases import file_of, logits_of, retrained
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.timeout(180)
@@ -47,7 +48,7 @@ def test_an_evaluator_reads_what_it_does_not_hold(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
     one, two = (retrained(version).spec.program_id for version in "12")
     for version, program_id in (("1", one), ("2", two)):
-        bundle_of(version).save(program_path(tmp_path, program_id))
+        save_program(program_path(tmp_path, program_id), retrained(version))
     evaluator = EvaluatorActor(tmp_path, [one], "clear", 1 << 20, 1)
     (tmp_path / "source").write_bytes(clear_keys())
     evaluator._engine._evaluators[one].prepare_keys(tmp_path / "source", tmp_path / "keys")

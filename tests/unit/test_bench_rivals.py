@@ -19,7 +19,7 @@ from bench.rows import NET_FIELDS, check
 from bench.tails import Client, Conv, dense_or_conv
 from blindtail.errors import ConfigError
 from blindtail.he.compiler import compile_tail
-from blindtail.he.layers import evaluate_clear, squares_only
+from blindtail.he.normal import normalised
 
 FAKE = "tests.fake_rival"
 
@@ -123,8 +123,8 @@ def test_turns_interleave_and_rotate() -> None:
 def test_nets_and_peers_are_checked() -> None:
     assert he.names(None) == list(he.NETS)
     assert he.names("C, demo") == ["C", "demo"]
-    with pytest.raises(ConfigError, match="no net 'E'"):
-        he.names("A,E")
+    with pytest.raises(ConfigError, match="no net 'F'"):
+        he.names("A,F")
     assert he.parse_peers(["orion-v2=/x/python"]) == {"orion-v2": "/x/python"}
     for wrong in ("orion-v2", "orion-v2=", "tenseal=/x/python"):
         with pytest.raises(ConfigError, match="NAME=PYTHON"):
@@ -135,7 +135,7 @@ def test_the_convolution_is_folded_as_it_is_written() -> None:
     net = dense_or_conv("A")
     conv = net.parts[0]
     assert isinstance(conv, Conv)
-    folded = squares_only(net.layers)
+    folded = normalised(net.layers).maps
     assert [m.weight.shape for m in folded] == [(256, 784), (64, 256), (10, 64)]
     image = net.inputs[0].reshape(28, 28)
     windows = np.lib.stride_tricks.sliding_window_view(image, (7, 7))[::3, ::3]
@@ -152,7 +152,7 @@ def test_one_key_set_serves_several_backends() -> None:
     x = net.inputs[:2, :32]
     client = Client.of(compile_tail(layers, x), "auto", "seal")
     request = client.encryptor.encrypt(x[0])
-    want = evaluate_clear(squares_only(layers), x[:1])[0]
+    want = normalised(layers)(x[:1])[0]
     for backend in client.loaded:
         assert np.allclose(client.decryptor.decrypt(client.evaluate(backend, request)), want, atol=1e-3)
     assert client.evaluator is next(iter(client.loaded.values()))[0]

@@ -226,13 +226,9 @@ def rewrite(path: Path, change: Callable[[dict, dict[str, bytes]], None]) -> Non
     manifest = json.loads(members.pop("manifest.json"))
     change(manifest, members)
     form = manifest.pop("format")
-    version, archive_version = manifest.pop("format_version"), archive.FORMAT_VERSION
+    version = manifest.pop("format_version")
     manifest.pop("sha256")
-    archive.FORMAT_VERSION = version
-    try:
-        archive.write(path, form, manifest, members)
-    finally:
-        archive.FORMAT_VERSION = archive_version
+    archive.write(path, form, manifest, members, version)
 
 
 def _drop(manifest: dict, members: dict[str, bytes]) -> None:
@@ -244,6 +240,7 @@ def _drop(manifest: dict, members: dict[str, bytes]) -> None:
     [
         (_drop, "damaged"),
         (lambda m, f: m.update(format="blindtail-other"), "not a blindtail file"),
+        (lambda m, f: m.update(format_version=4), "format version 4"),
         (lambda m, f: m.update(format_version=3), "format version 3"),
         (lambda m, f: f.update({"extra.bin": b"x"}), "unknown members"),
         (lambda m, f: f.update({"stage9.onnx": b"x"}), "graphs"),

@@ -93,7 +93,13 @@ class FakeClient:
         return KeyStatus(self.world.keys.get(self.address, KeyState.READY), 0)
 
     def evaluate(
-        self, session: bytes, request_id: bytes, attempt: int, container: bytes, remaining_s: float
+        self,
+        session: bytes,
+        request_id: bytes,
+        attempt: int,
+        container: bytes,
+        remaining_s: float,
+        program_id: str = "",
     ) -> TailReply:
         world = self.world
         hold = world.hold

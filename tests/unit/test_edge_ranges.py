@@ -91,13 +91,13 @@ def test_the_bounds_are_those_the_program_was_compiled_for() -> None:
     ("kind", "bound"), [(ACTIVATION, spec_of().input_bound), (LOGITS, logit_bound(spec_of()))]
 )
 def test_what_lies_beyond_the_margin_is_noted(kind: str, bound: float) -> None:
-    ranges = Ranges({2: spec_of()})
+    ranges = Ranges({2: [spec_of()]})
     inside = np.array([0.0, -bound * RANGE_MARGIN * 0.999])
     assert ranges.note(kind, 2, inside) == {}
     assert ranges.note(kind, 2, np.array([[-3.0 * bound], [1.0]])) == {kind: pytest.approx(3.0)}
     for odd in (math.nan, math.inf):
         assert ranges.note(kind, 2, np.array([odd, 0.0])) == {}
-    assert Ranges({2: replace(spec_of(), input_bound=0.0)}).note(ACTIVATION, 2, np.ones(3)) == {}
+    assert Ranges({2: [replace(spec_of(), input_bound=0.0)]}).note(ACTIVATION, 2, np.ones(3)) == {}
 
 
 def test_the_device_is_told() -> None:

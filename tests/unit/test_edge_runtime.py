@@ -167,7 +167,7 @@ def test_a_decryption_that_ends_after_the_deadline_does_not_answer() -> None:
     clock = FakeClock()
 
     class SlowCipher(PlainCipher):
-        def decrypt(self, container: bytes, wait_s: float | None = None) -> Any:
+        def decrypt(self, container: bytes, wait_s: float | None = None, segment: int = 0) -> Any:
             clock.advance(3.0)
             return super().decrypt(container)
 

@@ -79,7 +79,13 @@ class FakeCell:
         return TicketsTaken(len(seeds) if self.capacity else 0, self.capacity)
 
     def evaluate(
-        self, session: bytes, request_id: bytes, attempt: int, container: bytes, remaining_s: float
+        self,
+        session: bytes,
+        request_id: bytes,
+        attempt: int,
+        container: bytes,
+        remaining_s: float,
+        program_id: str = "",
     ) -> TailReply:
         self.evaluated.append((session, request_id, attempt))
         self.containers.append(container)

@@ -14,7 +14,8 @@ from blindtail.errors import ModelError, ProgramMismatch
 from blindtail.he.clear import ClearDecryptor, ClearEncryptor, ClearEvaluator, write_clear_keys
 from blindtail.he.compatible import differences, serving_as
 from blindtail.he.compiler import compile_tail
-from blindtail.he.layers import Affine, Layer, evaluate_clear, squares_only
+from blindtail.he.layers import Affine, Layer
+from blindtail.he.normal import normalised
 from tests.he_cases import CASES, Case, activations, layers, program
 
 
@@ -25,15 +26,15 @@ def test_a_tail_compiled_for_held_devices_is_compatible_or_refused(case: Case, s
     x = activations(case, 100, seed)
     made = layers(case, seed)
     # Logits that are larger than devices read are refused: bring them to the size of the old tail's.
-    old = np.abs(evaluate_clear(squares_only(layers(case)), activations(case, 200))).max()
-    new = np.abs(evaluate_clear(squares_only(made), x)).max()
+    old = np.abs(normalised(layers(case))(activations(case, 200))).max()
+    new = np.abs(normalised(made)(x)).max()
     made = smaller(made, float(min(1.0, old / new)))
     fresh = compile_tail(made, x, like=held)
     assert differences(fresh.spec, held) == []
     assert fresh.spec.program_id != held.program_id
     shown = serving_as(fresh, held)
     assert shown.spec.program_id == held.program_id
-    want = evaluate_clear(squares_only(made), x[:3])
+    want = normalised(made)(x[:3])
     assert np.allclose(ClearEvaluator(shown).logits(x[:3]), want, atol=1e-9 * max(1.0, np.abs(want).max()))
 
 
@@ -55,7 +56,7 @@ def test_what_an_edge_encrypts_for_the_old_tail_the_new_one_answers(tmp_path: Pa
     evaluator.prepare_keys(container, keys)
     reply = evaluator.evaluate(evaluator.load_keys(keys), ClearEncryptor(held.spec).encrypt(x[0]))
     got = ClearDecryptor(held.spec).decrypt(reply)
-    assert np.allclose(got, evaluate_clear(squares_only(made), x)[0], atol=1e-9)
+    assert np.allclose(got, normalised(made)(x)[0], atol=1e-9)
 
 
 def test_larger_logits_than_devices_read_are_refused() -> None:

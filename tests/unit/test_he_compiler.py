@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from blindtail.errors import BundleError, ModelError
 from blindtail.he.clear import ClearEvaluator
 from blindtail.he.compiler import compile_tail
-from blindtail.he.layers import Affine, Quadratic, evaluate_clear, squares_only
+from blindtail.he.layers import Affine, Quadratic
+from blindtail.he.normal import normalised
 from blindtail.he.program import MapOp, Program, landing_scale
 from blindtail.he.spec import TailSpec
 from tests.he_cases import CASES, Case, activations, clear_logits, layers, program, rewritten_logits
@@ -40,7 +41,7 @@ def test_random_tails_compute_what_their_layers_say(
     x = activations(case, 5, seed)
     compiled = compile_tail(made, activations(case, 50, seed + 1), lanes=lanes)
     exact = ClearEvaluator(compiled).logits(x)
-    want = evaluate_clear(squares_only(made), x)
+    want = normalised(made)(x)
     assert np.allclose(exact, want, rtol=1e-9, atol=1e-9 * max(1.0, np.abs(want).max()))
     assert compiled.depth == 2 * (len(widths) - 1) - 1 == compiled.spec.input_level
     again = Program.from_parts(*compiled.to_parts())
@@ -101,13 +102,13 @@ def test_networks_that_cannot_run_are_refused_by_name() -> None:
         compile_tail(_net(), np.full((3, 4), np.nan))
     with pytest.raises(ModelError, match="power of two"):
         compile_tail(_net(), x, lanes=3)
-    with pytest.raises(ModelError, match="at the cut has 9000 elements"):
-        compile_tail([Affine(np.ones((2, 9000)), np.zeros(2), "wide")], np.ones((1, 9000)))
+    with pytest.raises(ModelError, match="at the cut has 40000 elements"):
+        compile_tail([Affine(np.ones((2, 40000)), np.zeros(2), "wide")], np.ones((1, 40000)))
     with pytest.raises(ModelError, match="too large for the modulus"):
         compile_tail(_net(weight=1e9), x)
     deep = _net()[:2] * 20 + _net()[2:]
     with pytest.raises(
-        ModelError, match=r"^act: .* 41 levels, .* holds 26 at 128 bits: cut the network later"
+        ModelError, match=r"^tail layer act: .* 41 levels, .* holds 26 at 128 bits: cut the network later"
     ):
         compile_tail(deep, x)
 
@@ -149,14 +150,20 @@ def test_damaged_programs_are_refused() -> None:
         lambda s, t: s.update(format=99),
         lambda s, t: s.pop("ops"),
         lambda s, t: s["ops"].pop(),
-        lambda s, t: s["ops"][0].update(offsets=s["ops"][0]["offsets"] * 2),
+        lambda s, t: s["ops"][0].update(offsets=[[2 * o, t] for o, t in s["ops"][0]["offsets"]]),
         lambda s, t: s["ops"][0]["folds"].pop(),
         lambda s, t: s["ops"][0]["folds"].append([]),
         lambda s, t: s["ops"][0]["folds"].append([1] * 64),
         lambda s, t: s["ops"][0]["folds"][-1].append(0),
         lambda s, t: s["ops"][0]["folds"][-1].append(s["ops"][0]["folds"][-1][0]),
-        lambda s, t: s["ops"][0].update(stride=0),
-        lambda s, t: s["ops"][0].update(stride=3),
+        lambda s, t: s["ops"][0]["offsets"][0].__setitem__(1, 0),
+        lambda s, t: s["ops"][0]["offsets"][0].__setitem__(1, 3),
+        lambda s, t: s["ops"][0].update(reads=[]),
+        lambda s, t: s["ops"][1].update(reads=[2]),
+        lambda s, t: s["ops"][1].update(reads=[3]),
+        lambda s, t: s["ops"][1].update(reads=[0]),
+        lambda s, t: s["ops"][1].update(reads=[1, 1]),
+        lambda s, t: s["ops"][1].update(op="sum"),
         lambda s, t: s["ops"][0].update(baby=0),
         lambda s, t: s["ops"][0].update(op="shell"),
         lambda s, t: s["ops"][0].update(level=1),

@@ -18,8 +18,9 @@ from blindtail.he import plan, schedule
 from blindtail.he.backends import open_evaluator
 from blindtail.he.clear import ClearEvaluator
 from blindtail.he.compiler import NoPlan, compile_plan, compile_tail
-from blindtail.he.layers import Layer, evaluate_clear, squares_only
+from blindtail.he.layers import Layer
 from blindtail.he.native_backend import available
+from blindtail.he.normal import normalised
 from blindtail.he.objective import METRICS, Costs, Objective
 from blindtail.he.secret import SecretKey
 from blindtail.plan_cli import describe, draw
@@ -38,13 +39,13 @@ def test_the_choice_is_close_to_exhaustive_search(seed: int) -> None:
 
 def test_the_search_can_miss() -> None:
     """The control: with a single state handed on, it does."""
-    maps = squares_only(random_layers((784, 128, 128, 10)))
+    tail = normalised(random_layers((784, 128, 128, 10)))
     (parameters, *_) = plan.rings(5)
-    firsts, last = plan.ways_in(maps, parameters, 1)
-    found = schedule.search(maps, firsts, parameters, last)
+    firsts, last = plan.ways_in(tail, parameters, 1)
+    found = schedule.search(tail, firsts, parameters, last)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedule, "_BEAM", 2)
-        narrow = schedule.search(maps, firsts, parameters, last)
+        narrow = schedule.search(tail, firsts, parameters, last)
     budget = sorted(s.key_bytes for s in found)[len(found) // 2]
     best, other = (min(s.price for s in some if s.key_bytes <= budget) for some in (found, narrow))
     assert other > best
@@ -61,7 +62,7 @@ def test_a_plan_costs_what_its_program_costs(widths: tuple[int, ...]) -> None:
         for name in ("total_s", "online_s", "memory_bytes"):
             assert costs.of(name) == pytest.approx(made.costs.of(name), rel=0.05)
         assert costs.online_s < costs.total_s
-        want = evaluate_clear(squares_only(layers), x[:3])
+        want = normalised(layers)(x[:3])
         assert np.allclose(ClearEvaluator(program).logits(x[:3]), want, atol=1e-9)
 
 

@@ -20,9 +20,11 @@ from blindtail.he.clear import ClearEvaluator
 from blindtail.he.compatible import differences
 from blindtail.he.compiler import compile_tail
 from blindtail.he.container import HEADER_BYTES, key_bytes
+from blindtail.he.elementwise import SquareOp
 from blindtail.he.frontend import fold_tail
-from blindtail.he.layers import Affine, FloatArray, Layer, evaluate_clear, squares_only
-from blindtail.he.operations import MapOp, SquareOp, fold
+from blindtail.he.layers import Affine, FloatArray, Layer
+from blindtail.he.normal import normalised
+from blindtail.he.operations import MapOp, fold
 from blindtail.he.params import Parameters
 from blindtail.he.program import Program
 from blindtail.models.layers import Square
@@ -68,14 +70,14 @@ def test_the_nets_of_the_comparison_keep_their_targets(name: str) -> None:
     assert compiled.spec.uplink_bytes <= uplink_bytes
     assert compiled.spec.key_bytes <= min(keys, schedule.default_budget(compiled.spec.parameters))
     x = _inputs(made, 3)
-    assert np.allclose(ClearEvaluator(compiled).logits(x), evaluate_clear(squares_only(made), x), atol=1e-9)
+    assert np.allclose(ClearEvaluator(compiled).logits(x), normalised(made)(x), atol=1e-9)
 
 
 def test_a_choice_takes_little_time() -> None:
-    made = squares_only(net("C")[0])
+    made = normalised(net("C")[0])
     parameters = Parameters.create(5)
     start = time.process_time()  # of this process alone: the machine may be busy
-    firsts = slotmaps.first_maps(made[0].weight, parameters.slots, 1)
+    firsts = slotmaps.first_maps(made.maps[0].weight, parameters.slots, 1)
     schedule.choose(made, firsts, parameters, 16)
     assert time.process_time() - start < 1
 
@@ -108,7 +110,7 @@ def test_random_convolutions_compute_what_their_layers_say(data: st.DataObject) 
     made = fold_tail(tail, (inputs, size, size))
     compiled = compile_tail(made, _inputs(made, 20), lanes=lanes)
     x = _inputs(made, 3)
-    assert np.allclose(ClearEvaluator(compiled).logits(x), evaluate_clear(squares_only(made), x), atol=1e-9)
+    assert np.allclose(ClearEvaluator(compiled).logits(x), normalised(made)(x), atol=1e-9)
     assert Program.from_parts(*compiled.to_parts()).spec == compiled.spec
 
 
@@ -187,9 +189,9 @@ def test_fewer_keys_cost_time_and_a_budget_is_kept() -> None:
 
 
 def test_of_close_choices_the_one_with_fewer_keys() -> None:
-    maps, parameters = squares_only(net("B")[0]), Parameters.create(3)
-    firsts = slotmaps.first_maps(maps[0].weight, parameters.slots, 1)
-    states = schedule.search(maps, firsts, parameters, 16)
+    tail, parameters = normalised(net("B")[0]), Parameters.create(3)
+    firsts = slotmaps.first_maps(tail.maps[0].weight, parameters.slots, 1)
+    states = schedule.search(tail, firsts, parameters, 16)
     fastest = min(states, key=lambda s: s.price)
     spec = net("B")[1].spec
     assert spec.key_bytes < fastest.key_bytes
@@ -268,6 +270,6 @@ def test_counts_on_paper() -> None:
 
 def test_programs_of_the_format_before_are_refused() -> None:
     structure, tensors = net("B")[1].to_parts()
-    assert structure["format"] == 3
-    with pytest.raises(BundleError, match="program format 2, this release reads 3: compile the model again"):
-        Program.from_parts({**structure, "format": 2}, tensors)
+    assert structure["format"] == 4
+    with pytest.raises(BundleError, match="program format 3, this release reads 4: compile the model again"):
+        Program.from_parts({**structure, "format": 3}, tensors)

@@ -41,8 +41,9 @@ def breaks(file: str, module: str) -> str | None:
     if _within(module, "ray") and not (role in ROLES and name in ("actor.py", "app.py")):
         return "ray only in actor.py and app.py"
     if _within(module, "torch", "torchvision"):
-        allowed = (
-            file.startswith(("blindtail/models/", "blindtail/train/")) or file == "blindtail/he/frontend.py"
+        allowed = file.startswith(("blindtail/models/", "blindtail/train/")) or file in (
+            "blindtail/he/frontend.py",
+            "blindtail/he/bases.py",
         )
         return None if allowed else "torch only in models, train and the front end"
     if _within(module, "tenseal") and not file.startswith("blindtail/he/"):
@@ -181,7 +182,7 @@ BLOCKED_BY_ROLE = [
     (
         "blindtail",
         ["edge", "cloud", "orchestrator", "ray", "torch", "tenseal"],
-        ["blindtail.models", "blindtail.train", "blindtail.he.frontend"],
+        ["blindtail.models", "blindtail.train", "blindtail.he.frontend", "blindtail.he.bases"],
     ),
 ]
 

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.lint_nets import Function
 from blindtail.errors import ModelError
 from blindtail.he.frontend import fold_tail
+from blindtail.he.normal import normalised
 from blindtail.models.layers import Quadratic, Square
 from blindtail.models.lint import lint
-from tests.lint_nets import Function
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -94,8 +95,6 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
     "clamp": (lambda x: x.clamp(0, 6), "rewrite", "Square()"),
     "maximum": (lambda x: torch.maximum(x, torch.zeros(8)), "rewrite", "Square()"),
     "exp": (torch.exp, "rewrite", "Square()"),
-    "power 3": (lambda x: x.pow(3), "rewrite", "power of 3"),
-    "power 4": (lambda x: x**4, "rewrite", "nn.Sequential(Square(), Square())"),
     "swish by hand": (lambda x: x * torch.sigmoid(x), "rewrite", "Quadratic"),
     "product": (lambda x: x * (x + 1), "rewrite", "torch.cat"),
     "quotient": (lambda x: x / (x + 10), "edge", "divides by an activation"),
@@ -122,10 +121,18 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
     "noise": (lambda x: x + torch.randn_like(x), "rewrite", "random"),
     "own noise": (lambda x: x + torch.randn(8), "rewrite", "random"),
     "a number": (lambda x: x * x.abs().max().item(), "rewrite", "Square()"),
-    "skip": (lambda x: x * x + x, "rewrite", "Quadratic(a=1.0, b=1.0, c=0.0)"),
-    "long skip": (lambda x: F.linear(x * x, W) + x, "rewrite", "skip connection"),
-    "beside": (lambda x: torch.cat([x[:, :4] ** 2, x[:, 4:] ** 2], 1), "rewrite", "one activation over both"),
     "unknown": (lambda x: torch.fft.fft(x).abs(), "unknown", "not known to this release"),
+}
+
+
+#: What joins values from both sides of an activation, or has a degree above two, and its depth.
+JOINED: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "power 3": (lambda x: x**3, 4),
+    "power 4": (lambda x: torch.pow(x, 4), 4),
+    "skip": (lambda x: x * x + x, 3),
+    "long skip": (lambda x: F.linear(x * x, W) + x, 3),
+    "beside": (lambda x: torch.cat([x[:, :2] ** 2, x[:, 2:] ** 2], 1), 3),
+    "one after the other": (lambda x: (x * x + x) ** 2 - x, 5),
 }
 
 
@@ -143,6 +150,17 @@ def test_what_runs_folds(name: str) -> None:
     assert report.whole is not None
     assert (report.whole.verdict, report.whole.depth) == ("runs", depth)
     assert len(fold_tail(net, (4,))) == depth
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_what_joins_folds(name: str) -> None:
+    function, depth = JOINED[name]
+    net = _net(function)
+    report = lint(net, (4,), plans=False)
+    assert report.problems == ()
+    assert report.whole is not None
+    assert (report.whole.verdict, report.whole.depth) == ("runs", depth)
+    assert normalised(fold_tail(net, (4,))).depth == depth
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -1,0 +1,282 @@
+"""From maps with their layouts to a draft of a program: operations at their levels, and statistics.
+
+Activations become squares, products, multiples and sums here. A polynomial is split at
+a power of two, p = q x^h + r with deg q, deg r < h, again and again (Paterson and
+Stockmeyer, SIAM J. Comput. 1973, with h = 2^(m-1)): q x^h takes m levels, and so does r,
+whose coefficients are multiplied in while q is computed. That is ceil(log2(d + 1)) levels
+in all, or ceil(log2 d) where the leading coefficient is one: the least there is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from blindtail.he.elementwise import Elementwise, Op, ProductOp, ScaleOp, SquareOp, SumOp
+from blindtail.he.layers import FloatArray
+from blindtail.he.normal import Activation, Normal
+from blindtail.he.operations import MapOp, fold
+from blindtail.he.propagation import Operand, Stats
+from blindtail.he.scales import Draft
+from blindtail.he.slotmaps import Arrangement, alike
+from blindtail.he.sparse import entries
+from blindtail.he.spec import Layout, SlotArray
+
+#: Rows of calibration data that are followed slot by slot.
+_SAMPLES = 64
+_UNSET = 2.0  # a scale without meaning
+
+
+class _Builder:
+    """Operations so far; a value is the number of the operation that gives it, plus one."""
+
+    def __init__(self, level: int) -> None:
+        self.ops: list[Op] = []
+        self.ties: dict[int, int] = {}
+        self.levels = [level]
+
+    def add(self, op: Op) -> int:
+        self.ops.append(op)
+        self.levels.append(op.out_level)
+        return len(self.ops)
+
+    def back(self, value: int) -> int:
+        return len(self.ops) + 1 - value
+
+
+class _Polynomial:
+    """Evaluates one activation's polynomial on one value."""
+
+    def __init__(self, builder: _Builder, name: str, layout: Layout, x: int) -> None:
+        self._to, self._name, self._layout = builder, name, layout
+        self._powers = [x]  # x^(2^j)
+
+    def _power(self, h: int) -> int:
+        """Value of x^h, h a power of two."""
+        while 1 << (len(self._powers) - 1) < h:
+            last = self._powers[-1]
+            self._powers.append(self._square(last, 1 << len(self._powers)))
+        return self._powers[h.bit_length() - 1]
+
+    def _square(self, value: int, power: int) -> int:
+        level, name = self._to.levels[value], f"{self._name}.power{power}"
+        return self._to.add(SquareOp(name, level, self._layout, _UNSET, _UNSET, self._to.back(value)))
+
+    def evaluate(self, coefficients: FloatArray) -> int:
+        """Value of the polynomial with these coefficients, (d + 1, n), d >= 1."""
+        degree = len(coefficients) - 1
+        monic = bool((coefficients[-1] == 1).all())
+        if degree == 1:
+            x, constant = self._powers[0], coefficients[0]
+            if not monic:
+                return self._multiples([(x, coefficients[1])], constant)
+            return self._sum([x], constant) if constant.any() else x
+        m = (degree - 1 if monic else degree).bit_length()
+        h = 1 << (m - 1)
+        high, low = coefficients[h:], coefficients[:h]
+        terms: list[tuple[int, FloatArray]] = []
+        main: int | None = None
+        if len(high) > 1:
+            main = self._product(self.evaluate(high), self._power(h))
+        elif monic:
+            main = self._power(h)
+        else:
+            terms.append((self._power(h), high[0]))
+        single = [k for k in range(1, h) if low[k].any()]
+        if all(not k & (k - 1) for k in single):
+            terms += [(self._power(k), low[k]) for k in single]
+        else:
+            while not low[-1].any():
+                low = low[:-1]
+            terms.append((self.evaluate(np.concatenate([0 * low[:1], low[1:]])), np.ones_like(low[0])))
+        constant = low[0]
+        if main is None:
+            return self._multiples(terms, constant)
+        if terms:
+            return self._sum([main, self._multiples(terms, constant, main)], None)
+        return self._sum([main], constant) if constant.any() else main
+
+    def _product(self, a: int, b: int) -> int:
+        to = self._to
+        level = min(to.levels[a], to.levels[b])
+        backs = to.back(a), to.back(b)
+        name = f"{self._name}.product{len(to.ops)}"
+        return to.add(ProductOp(name, level, self._layout, (_UNSET, _UNSET), _UNSET, backs))
+
+    def _multiples(
+        self, terms: Sequence[tuple[int, FloatArray]], constant: FloatArray, like: int | None = None
+    ) -> int:
+        """Sum of multiples by element; at the scale of value `like`, where it is given."""
+        to = self._to
+        if like is not None:
+            to.ties[len(to.ops)] = like
+        level = min(to.levels[value] for value, _ in terms)
+        backs = tuple(to.back(value) for value, _ in terms)
+        factors = np.stack([factor for _, factor in terms])
+        name = f"{self._name}.multiples{len(to.ops)}"
+        unset = (_UNSET,) * len(terms)
+        return to.add(ScaleOp(name, level, self._layout, unset, _UNSET, backs, factors, constant))
+
+    def _sum(self, values: Sequence[int], constant: FloatArray | None) -> int:
+        to = self._to
+        level = min(to.levels[value] for value in values)
+        backs = tuple(to.back(value) for value in values)
+        name = f"{self._name}.sum{len(to.ops)}"
+        return to.add(SumOp(name, level, self._layout, _UNSET, backs, constant))
+
+
+def activation_ops(activation: Activation, level: int) -> tuple[Op, ...]:
+    """What an activation becomes at `level`, for counting."""
+    assert activation.coefficients is not None
+    size = activation.coefficients.shape[1]
+    layout = Layout(size, 1, tuple(range(size)))
+    builder = _Builder(level)
+    _Polynomial(builder, activation.name, layout, 0).evaluate(activation.coefficients)
+    return tuple(builder.ops)
+
+
+def assembled(normal: Normal, maps: Sequence[MapOp], level: int) -> tuple[tuple[Op, ...], dict[int, int]]:
+    """Operations at their levels, without scales; and ties as `Draft` has them.
+
+    maps   one for each of `normal`'s, with its operands' layouts in the order of
+           `Normal.sources`, without levels and scales
+    level  of the input
+    """
+    builder = _Builder(level)
+    values = [0]
+    for index, op in enumerate(maps):
+        read = [values[value] for value, _ in normal.sources(index)]
+        at = min(builder.levels[value] for value in read)
+        backs = [builder.back(value) for value in read]
+        others = tuple(replace(term, back=back) for term, back in zip(op.others, backs[1:], strict=True))
+        placed = replace(op.at(at, op.in_scale, op.out_scale, others), back=backs[0])
+        placed.__dict__.update({k: v for k, v in op.__dict__.items() if k in ("met", "all_diagonals")})
+        made = builder.add(placed)
+        if index == len(normal.activations):
+            break
+        activation = normal.activations[index]
+        if activation.coefficients is None:
+            name, here = f"square{index}", builder.levels[made]
+            made = builder.add(SquareOp(name, here, op.out_layout, _UNSET, _UNSET))
+        else:
+            made = _Polynomial(builder, activation.name, op.out_layout, made).evaluate(
+                activation.coefficients
+            )
+        values.append(made)
+    return tuple(builder.ops), builder.ties
+
+
+def drafted(
+    normal: Normal,
+    maps: Sequence[MapOp],
+    arranged: Sequence[Arrangement],
+    first: Layout,
+    level: int,
+    x: FloatArray,
+) -> Draft:
+    """The draft of a program, with statistics of calibration data x, (n, features)."""
+    ops, ties = assembled(normal, maps, level)
+    exact, _ = normal.values(x)
+    largest = [float(np.abs(v).max()) for v in exact]  # of all rows; slots follow some
+    pick = x[:: max(1, len(x) // _SAMPLES)][:_SAMPLES]
+    alone = replace(first, lanes=1)
+    held = [np.stack([alone.place(row) for row in pick])]  # by value: (samples, positions)
+    stats, at = list[Stats](), 0
+    known: dict[int, float] = {}
+    for op in ops:
+        read = [held[len(held) - back] for back in op.backs]
+        rms = [float(np.sqrt((np.abs(v) ** 2).mean())) for v in read]
+        if not isinstance(op, MapOp):  # over places that hold something, as their map has it
+            rms = [known.get(len(held) - back, r) for back, r in zip(op.backs, rms, strict=True)]
+        if isinstance(op, MapOp):
+            out = mapped(op, read)
+            stats.append(_of_map(op, rms, out, largest[at], arranged, at))
+            known[len(held)] = stats[-1].rms_out
+            at += 1
+        else:
+            out = applied(op, read)
+            operands = tuple(Operand(r) for r in rms)
+            if isinstance(op, ScaleOp):
+                powers = (op.factors**2).mean(axis=1)
+                operands = tuple(Operand(r, float(p), float(p), 1) for r, p in zip(rms, powers, strict=True))
+            bound = float(np.abs(out).max())
+            if isinstance(op, SquareOp) and op.backs == (1,) and isinstance(ops[len(stats) - 1], MapOp):
+                bound = max(bound, largest[at - 1] ** 2)
+            stats.append(Stats(operands, bound, float(np.sqrt((out**2).mean()))))
+        held.append(out)
+    return Draft(ops, tuple(stats), ties)
+
+
+def mapped(op: MapOp, read: Sequence[SlotArray]) -> FloatArray:
+    """What a map gives for slots (samples, positions) of each operand, in one lane."""
+    total: SlotArray | None = None
+    for slots, diagonals in zip(read, op.all_diagonals, strict=True):
+        part = _products(slots, diagonals)
+        total = part if total is None else total + part
+    assert total is not None
+    out: FloatArray = fold(total, op.folds).real + op.bias_slots()
+    return out
+
+
+def applied(op: Elementwise, read: Sequence[FloatArray]) -> FloatArray:
+    """What an operation by element gives for slots (samples, positions) of each operand, in one lane."""
+    if isinstance(op, SquareOp | ProductOp):
+        return read[0] * read[-1]
+    if isinstance(op, SumOp):
+        total = sum(read[1:], read[0])
+        return total if op.constant is None else total + op.bias_slots()
+    terms = [slots * values for slots, (*_, values) in zip(read, op.steps(), strict=True)]
+    return sum(terms[1:], terms[0]) + op.bias_slots()
+
+
+def _products(slots: SlotArray, diagonals: Mapping[int, SlotArray]) -> SlotArray:
+    """Sum of multipliers times rotated slots; a sample at a time, which stays in the cache."""
+    positions, rows = slots.shape[1], []
+    for sample in slots:
+        twice = np.concatenate([sample, sample])
+        total = np.zeros(positions, np.result_type(sample, *diagonals.values()))
+        for k, multipliers in diagonals.items():
+            total += multipliers * twice[k : k + positions]
+        rows.append(total)
+    return np.stack(rows)
+
+
+def _of_map(
+    op: MapOp,
+    rms: Sequence[float],
+    out: FloatArray,
+    largest: float,
+    arranged: Sequence[Arrangement],
+    index: int,
+) -> Stats:
+    used, operands = op.used, []
+    # Where there are empty places, noise and values of the others are what counts.
+    scattered = arranged[index].scattered
+    rows: Any = op.rows >= 0 if scattered else slice(None)
+    held: Any = op.out_layout.index >= 0 if scattered else slice(None)
+    for i, (term, diagonals) in enumerate(zip(op.terms, op.all_diagonals, strict=True)):
+        operands.append(
+            Operand(
+                rms_in=rms[i],
+                power=float(sum((np.abs(m[rows]) ** 2).mean() for m in diagonals.values())),
+                weight_power=float((entries(term.weight) ** 2).sum() / math.prod(term.weight.shape)),
+                products=len(diagonals),
+                baby_turns=len({b for j, _, b in used if j == i and b}),
+            )
+        )
+    return Stats(
+        operands=tuple(operands),
+        max_out=max(largest, float(np.abs(out).max())),
+        rms_out=float(np.sqrt((out[:, held] ** 2).mean())),
+        giant_turns=max((g for _, g, _ in used), default=0),
+        folds=tuple((len(group), min(group) < 0) for group in op.folds),
+        copies=arranged[index].copies,
+        alike=alike(arranged, index),
+    )
+
+
+__all__ = ["activation_ops", "applied", "assembled", "drafted", "mapped"]

@@ -1,0 +1,183 @@
+"""Sparse matrices of weights: what a convolution is, as an affine map.
+
+Rows in order, within a row columns in order (CSR with the row of each entry kept
+beside): enough for what a compiler and a check do with weights, which is not much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from blindtail.errors import ModelError
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int32]
+
+#: A matrix of more elements than this (8 MB) with at most this share of them non-zero is kept sparse.
+LARGE, SHARE = 1 << 20, 0.25
+#: Elements of a block of rows that is made dense for a product.
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse:
+    """A matrix by its non-zero entries, float64.
+
+    shape          (out, in)
+    rows, columns  of each entry, int32, by row and then by column, none twice
+    values         none of them zero
+
+    Takes the place of an array where one is multiplied (`@`, `*` by a number or by one
+    number a column) or transposed. Raises `ModelError` when entries are not as said.
+    """
+
+    shape: tuple[int, int]
+    rows: IntArray
+    columns: IntArray
+    values: FloatArray
+
+    #: numpy leaves `array @ sparse` to this class.
+    __array_ufunc__ = None
+
+    def __post_init__(self) -> None:
+        rows, columns = (np.asarray(v, np.int32) for v in (self.rows, self.columns))
+        values = np.asarray(self.values, np.float64)
+        if not rows.shape == columns.shape == values.shape or rows.ndim != 1:
+            raise ModelError("a sparse matrix needs a row, a column and a value for each entry")
+        if len(rows):
+            place = rows.astype(np.int64) * self.shape[1] + columns
+            inside = rows.min() >= 0 and columns.min() >= 0 and columns.max() < self.shape[1]
+            if not (inside and rows.max() < self.shape[0] and (np.diff(place) > 0).all() and values.all()):
+                raise ModelError("a sparse matrix's entries must be inside it, in order, and not zero")
+        for key, array in (("rows", rows), ("columns", columns), ("values", values)):
+            object.__setattr__(self, key, array)
+
+    @classmethod
+    def of(cls, dense: FloatArray) -> Sparse:
+        """The same matrix."""
+        rows, columns = np.nonzero(dense)
+        return cls(dense.shape, rows, columns, dense[rows, columns])  # type: ignore[arg-type]
+
+    @classmethod
+    def unordered(cls, shape: tuple[int, int], rows: Any, columns: Any, values: FloatArray) -> Sparse:
+        """From entries in any order, none twice; zeros are left out."""
+        rows, columns = (np.asarray(v, np.int64)[values != 0] for v in (rows, columns))
+        order = np.argsort(rows * shape[1] + columns, kind="stable")
+        return cls(shape, rows[order], columns[order], values[values != 0][order])
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """Of each row's entries, and the end: (out + 1,)."""
+        return np.searchsorted(self.rows, np.arange(self.shape[0] + 1)).astype(np.int64)
+
+    @property
+    def T(self) -> Sparse:
+        return Sparse.unordered(self.shape[::-1], self.columns, self.rows, self.values)
+
+    def filled(self, values: FloatArray) -> Sparse:
+        """Other values, none zero, in the same places."""
+        return Sparse(self.shape, self.rows, self.columns, values)
+
+    def dense(self) -> FloatArray:
+        out = np.zeros(self.shape)
+        out[self.rows, self.columns] = self.values
+        return out
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return self.dense() if dtype is None else self.dense().astype(dtype)
+
+    def blocks(self) -> Iterator[tuple[int, FloatArray]]:
+        """(first row, rows as a dense array), block after block."""
+        height = max(1, _BLOCK // max(1, self.shape[1]))
+        starts = self.starts
+        for top in range(0, self.shape[0], height):
+            bottom = min(top + height, self.shape[0])
+            held = slice(starts[top], starts[bottom])
+            block = np.zeros((bottom - top, self.shape[1]))
+            block[self.rows[held] - top, self.columns[held]] = self.values[held]
+            yield top, block
+
+    def __matmul__(self, other: FloatArray) -> FloatArray:
+        """(in,) or (in, n)."""
+        if other.ndim == 1:
+            summed = np.bincount(self.rows, self.values * other[self.columns], self.shape[0])
+            return np.asarray(summed, np.float64)
+        return np.concatenate([block @ other for _, block in self.blocks()])
+
+    def __rmatmul__(self, other: FloatArray) -> FloatArray:
+        """(out,) or (n, out) before the matrix."""
+        if other.ndim == 1:
+            summed = np.bincount(self.columns, self.values * other[self.rows], self.shape[1])
+            return np.asarray(summed, np.float64)
+        made = np.zeros((len(other), self.shape[1]))
+        for top, block in self.blocks():
+            made += other[:, top : top + len(block)] @ block
+        return made
+
+    def __mul__(self, factor: float | FloatArray) -> Sparse:
+        """By a number, or by one for each column (in,)."""
+        each = np.asarray(factor, np.float64)
+        times = self.values * (each[self.columns] if each.ndim else each)
+        held = times != 0
+        return Sparse(self.shape, self.rows[held], self.columns[held], times[held])
+
+    __rmul__ = __mul__
+
+    def __abs__(self) -> Sparse:
+        return self.filled(np.abs(self.values))
+
+    def max(self) -> float:
+        """Of all elements, zeros too."""
+        return float(self.values.max(initial=0.0))
+
+    def __truediv__(self, divisor: float) -> Sparse:
+        return self.filled(self.values / divisor)
+
+
+#: What an affine map's weight may be.
+Weight = FloatArray | Sparse
+
+
+def compact(weight: Weight) -> Weight:
+    """Sparse where that is much smaller, else dense: by size and share of zeros alone."""
+    size = weight.shape[0] * weight.shape[1]
+    if isinstance(weight, Sparse):
+        return weight if worthwhile(size, len(weight.values)) else weight.dense()
+    if size > LARGE and worthwhile(size, int(np.count_nonzero(weight))):
+        return Sparse.of(weight)
+    return weight
+
+
+def worthwhile(size: int, entries: int) -> bool:
+    """Whether a matrix of `size` elements with so many non-zero ones is kept sparse."""
+    return size > LARGE and entries <= SHARE * size
+
+
+def entries(weight: Weight) -> FloatArray:
+    """All numbers that there are, flat: of a dense matrix the zeros too."""
+    return weight.values if isinstance(weight, Sparse) else weight.reshape(-1)
+
+
+def has_zeros(weight: Weight) -> bool:
+    return isinstance(weight, Sparse) or not weight.all()
+
+
+def unions(weight: Weight, sets: Sequence[IntArray]) -> list[IntArray]:
+    """For each set of rows, the columns that some of them reads, rising."""
+    if isinstance(weight, Sparse):
+        starts = weight.starts
+        return [
+            np.unique(np.concatenate([weight.columns[starts[r] : starts[r + 1]] for r in rows]))
+            if len(rows)
+            else np.zeros(0, np.int32)
+            for rows in sets
+        ]
+    return [np.flatnonzero((weight[rows] != 0).any(axis=0)).astype(np.int32) for rows in sets]
+
+
+__all__ = ["LARGE", "SHARE", "Sparse", "Weight", "compact", "entries", "has_zeros", "unions", "worthwhile"]

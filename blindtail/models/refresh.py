@@ -1,0 +1,327 @@
+"""Refreshed tails from an owner's module: segments that run encrypted, interludes that the edge does.
+
+    tail = refresh_tail(net, (1, 28, 28), activations, Refresh())
+    tail.programs, tail.interludes
+
+Refreshing is for an owner to allow, never a default: between two segments the device sees
+activations of the tail in the clear (docs/threat-model.md). Weights stay in the cloud.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from blindtail.errors import ModelError
+from blindtail.he.frontend import fold_tail
+from blindtail.he.layers import Layer
+from blindtail.he.program import Program
+from blindtail.he.segments import Run, compile_runs
+from blindtail.interludes import check_weight_free
+from blindtail.models.export import export_values
+from blindtail.models.network import Network
+from blindtail.models.plans import MOST_NAMED_VALUES, PREDICT_FOR
+from blindtail.models.reading import read
+from blindtail.models.refresh_modules import Squared, interlude_module, segment_module
+from blindtail.models.rounds import place, width
+from blindtail.models.tracing import Untraceable, unwrapped
+
+Floats = NDArray[np.float64]
+#: Rows on which the chain is compared with the tail itself; relative to the largest logit.
+_COMPARED, _TOLERANCE = 16, 1e-4
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """An owner's leave to decrypt between round trips. The device then sees those activations.
+
+    at                names of layers whose result is decrypted and encrypted again, beside those
+                      that must be: a round trip more each, and fewer levels
+    ring_degree       N of all segments; without it the smallest that needs the fewest round trips
+    key_budget_bytes  most bytes of all segments' evaluation keys together
+    """
+
+    at: tuple[str, ...] = ()
+    ring_degree: int | None = None
+    key_budget_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Interlude:
+    """What the edge does behind one segment: an ONNX graph, and the names of its inputs (`interludes`)."""
+
+    inputs: tuple[str, ...]
+    onnx: bytes
+
+
+@dataclass(frozen=True)
+class RefreshedProgram:
+    """A tail as segments, one round trip each, and what the edge does between them.
+
+    Of one segment it is an ordinary tail, without interludes.
+    """
+
+    programs: tuple[Program, ...]
+    interludes: tuple[Interlude, ...]
+
+    @property
+    def predicted_s(self) -> float:
+        """Server seconds of all segments on the reference core."""
+        return sum(p.predicted_s(PREDICT_FOR) for p in self.programs)
+
+    def costs(self) -> RefreshCosts:
+        return RefreshCosts.of(self.programs)
+
+
+@dataclass(frozen=True)
+class SegmentCosts:
+    """One round trip."""
+
+    name: str
+    inputs: int
+    outputs: int
+    levels: int
+    predicted_s: float
+    uplink_bytes: int
+    reply_bytes: int
+
+
+@dataclass(frozen=True)
+class RefreshCosts:
+    """What a refreshed tail costs, before any key exists: of each segment, and together."""
+
+    ring_degree: int
+    key_bytes: int
+    evaluation_keys: int
+    segments: tuple[SegmentCosts, ...]
+
+    @classmethod
+    def of(cls, programs: Sequence[Program]) -> RefreshCosts:
+        lead = programs[0].spec
+        rows = tuple(
+            SegmentCosts(
+                p.ops[0].name,
+                p.spec.features,
+                p.spec.outputs,
+                p.spec.input_level,
+                p.predicted_s(PREDICT_FOR),
+                p.spec.uplink_bytes,
+                p.spec.reply_bytes,
+            )
+            for p in programs
+        )
+        return cls(lead.parameters.ring_degree, lead.key_bytes, len(lead.keys), rows)
+
+    @property
+    def round_trips(self) -> int:
+        return len(self.segments)
+
+    @property
+    def predicted_s(self) -> float:
+        return sum(s.predicted_s for s in self.segments)
+
+    @property
+    def uplink_bytes(self) -> int:
+        return sum(s.uplink_bytes for s in self.segments)
+
+    @property
+    def reply_bytes(self) -> int:
+        return sum(s.reply_bytes for s in self.segments)
+
+    def to_json(self) -> dict[str, Any]:
+        totals = {
+            name: getattr(self, name)
+            for name in ("round_trips", "predicted_s", "uplink_bytes", "reply_bytes")
+        }
+        return {**asdict(self), **totals, "predicted_for": PREDICT_FOR}
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One segment before it is compiled, and what the edge does behind it, in terms of such segments."""
+
+    layers: list[Layer]
+    module: nn.Module
+    after: nn.Module | None
+    taken: tuple[str, ...]
+
+
+def refresh_tail(
+    tail: nn.Module, input_shape: tuple[int, ...], calibration: Floats, refresh: Refresh
+) -> RefreshedProgram:
+    """Cut a tail into segments and interludes and compile it.
+
+    tail         gives logits (B, classes) for activations (B, *input_shape); left unchanged
+    calibration  activations at the cut, (n, features): they bound every value that is encrypted
+
+    Activations that are no polynomial are done exactly, by the edge; sums with earlier values as
+    well (`models.rounds`). A run of squares too deep for a ring is cut too (`he.segments`).
+    The result is checked against the tail itself. Raises `ModelError` naming the layer.
+    """
+    steps = split_tail(tail, input_shape, refresh.at)
+    values = _values(steps, calibration)
+    _compare(tail, input_shape, steps, values)
+    runs = [Run(step.layers, values[f"x{k}"], step.layers[0].name) for k, step in enumerate(steps)]
+    options = {"ring_degree": refresh.ring_degree, "key_budget_bytes": refresh.key_budget_bytes}
+    programs, division = compile_runs(runs, **options)
+    return RefreshedProgram(programs, _interludes(steps, division.pieces, programs))
+
+
+def refresh_costs(
+    tail: nn.Module,
+    input_shape: tuple[int, ...],
+    calibration: Floats,
+    refresh: Refresh,
+    most_values: float = MOST_NAMED_VALUES,
+) -> RefreshCosts:
+    """What `refresh_tail` would come to, without graphs and checks. Raises `ModelError`."""
+    steps = split_tail(tail, input_shape, refresh.at, most_values)
+    values = _values(steps, calibration)
+    runs = [Run(step.layers, values[f"x{k}"], step.layers[0].name) for k, step in enumerate(steps)]
+    options = {"ring_degree": refresh.ring_degree, "key_budget_bytes": refresh.key_budget_bytes}
+    return RefreshCosts.of(compile_runs(runs, **options)[0])
+
+
+def runs_of(
+    tail: nn.Module, input_shape: tuple[int, ...], calibration: Floats, refresh: Refresh
+) -> list[Run]:
+    """What lies between interludes, with what goes into it for these activations (n, features)."""
+    steps = split_tail(tail, input_shape, refresh.at)
+    values = _values(steps, calibration)
+    return [Run(step.layers, values[f"x{k}"], step.layers[0].name) for k, step in enumerate(steps)]
+
+
+@torch.no_grad()
+def split_tail(
+    tail: nn.Module,
+    input_shape: tuple[int, ...],
+    at: Sequence[str] = (),
+    most_values: float = MOST_NAMED_VALUES,
+) -> list[_Step]:
+    """The segments of a tail, folded, each with the interlude behind it.
+
+    most_values  that folding one of them may hold at once, 8 bytes each
+
+    Raises `ModelError`.
+    """
+    rounds = place(_read(tail, input_shape), at)
+    steps = []
+    for k in range(rounds.segments):
+        features = sum(map(width, rounds.inputs(k)))
+        held = (features + 1) * max([*map(width, rounds.outputs(k)), features])
+        if held > most_values:
+            raise ModelError(
+                f"segment {k} ({features} values in): folding its layers would hold {8 * held / 1e9:.1f} GB: "
+                "cut later, or use fewer channels or smaller images"
+            )
+        module = segment_module(rounds, k)
+        after, taken = interlude_module(rounds, k)
+        steps.append(_Step(fold_tail(module, (features,)), module.double(), after, taken))
+    return steps
+
+
+def _read(tail: nn.Module, input_shape: tuple[int, ...]) -> Network:
+    root = copy.deepcopy(unwrapped(tail)).cpu().float().eval()
+    for path, tensor in root.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"tail layer {path}: holds NaN or infinite weights; train it again")
+    if type(root).__module__.startswith(("torch.nn", "blindtail.models.layers")) and not isinstance(
+        root, nn.Sequential
+    ):
+        root = nn.Sequential(root).eval()
+    generator = torch.Generator().manual_seed(0)
+    two, three = ([torch.randn(b, *input_shape, generator=generator)] for b in (2, 3))
+    try:
+        return read(root, two, three)
+    except Untraceable as error:
+        inside = f"tail layer {error.module}" if error.module else "the tail's own forward"
+        raise ModelError(f"{inside} cannot be traced ({error.line}: {error.reason})") from error
+
+
+# -- values, checks and graphs ------------------------------------------------------------
+
+
+@torch.no_grad()
+def _values(steps: Sequence[_Step], calibration: Floats, batch: int = 64) -> Mapping[str, Floats]:
+    """x0, y0, x1, ... and the logits ("logits") of calibration data, in double precision, each (n, width)."""
+    rows: dict[str, list[Tensor]] = {}
+    for start in range(0, len(calibration), batch):
+        known = {"x0": torch.from_numpy(calibration[start : start + batch])}
+        for k, step in enumerate(steps):
+            known[f"y{k}"] = step.module(known[f"x{k}"])
+            found = known[f"y{k}"]
+            if step.after is not None:
+                found = step.after.double()(*(known[name] for name in step.taken))
+            known[f"x{k + 1}" if k + 1 < len(steps) else "logits"] = found
+        for name, value in known.items():
+            rows.setdefault(name, []).append(value)
+    return {name: torch.cat(parts).numpy() for name, parts in rows.items()}
+
+
+@torch.no_grad()
+def _compare(
+    tail: nn.Module, input_shape: tuple[int, ...], steps: Sequence[_Step], values: Mapping[str, Floats]
+) -> None:
+    """Raises `ModelError` unless the chain gives what the tail gives, image by image."""
+    exact = copy.deepcopy(unwrapped(tail)).float().eval()
+    for row in range(min(_COMPARED, len(values["x0"]))):
+        x = torch.from_numpy(values["x0"][row : row + 1]).float().reshape(1, *input_shape)
+        wanted = exact(x).reshape(-1).double().numpy()
+        got = values["logits"][row]
+        if wanted.shape != got.shape or not np.allclose(
+            wanted, got, rtol=0, atol=_TOLERANCE * max(1e-30, float(np.abs(wanted).max()))
+        ):
+            raise ModelError(
+                "the segments of this tail do not give what the tail gives: something in its forward "
+                "depends on other images of a batch, or on chance"
+            )
+
+
+def _interludes(
+    steps: Sequence[_Step], pieces: Sequence[Sequence[int]], programs: Sequence[Program]
+) -> tuple[Interlude, ...]:
+    """ONNX graphs in terms of the compiled segments: run k is segments first[k] to first[k + 1] - 1."""
+    first = np.concatenate([[0], np.cumsum([len(p) for p in pieces])]).tolist()
+    made: list[Interlude] = []
+    for k, step in enumerate(steps):
+        for j in range(first[k], first[k + 1] - 1):
+            made.append(_exported(Squared(), (f"y{j}",), programs, j))
+        if step.after is not None:
+            renamed = tuple(
+                f"x{first[int(n[1:])]}" if n[0] == "x" else f"y{first[int(n[1:]) + 1] - 1}"
+                for n in step.taken
+            )
+            made.append(_exported(step.after, renamed, programs, first[k + 1] - 1))
+    return tuple(made)
+
+
+def _exported(
+    module: nn.Module, names: tuple[str, ...], programs: Sequence[Program], index: int
+) -> Interlude:
+    def size(name: str) -> int:
+        spec = programs[int(name[1:])].spec
+        return spec.features if name[0] == "x" else spec.outputs
+
+    graph = export_values(module, [(name, size(name)) for name in names], f"interlude{index}")
+    check_weight_free(f"interlude{index}", graph)
+    return Interlude(names, graph)
+
+
+__all__ = [
+    "Interlude",
+    "Refresh",
+    "RefreshCosts",
+    "RefreshedProgram",
+    "SegmentCosts",
+    "refresh_costs",
+    "refresh_tail",
+    "runs_of",
+    "split_tail",
+]

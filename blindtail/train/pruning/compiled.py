@@ -1,0 +1,158 @@
+"""Pruned tails, compiled: in the order in which they were pruned, for activations in their own order.
+
+What the units of a tail are called costs nothing: the orders of its input and of its logits go
+into the layouts at the cut and of the reply, those between its maps vanish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from blindtail.errors import ModelError
+from blindtail.he import plan, schedule
+from blindtail.he.compiler import compile_plan, compile_tail
+from blindtail.he.elementwise import Op
+from blindtail.he.layers import Affine, FloatArray, Layer, Polynomial
+from blindtail.he.objective import NoPlan, Objective
+from blindtail.he.operations import MapOp
+from blindtail.he.plan import Plan
+from blindtail.he.program import Program, finish
+from blindtail.he.spec import Layout
+from blindtail.train.pruning.groups import IntArray
+
+
+def plan_for(layers: Sequence[Layer], *, lanes: int = 1, objective: Objective | None = None) -> Plan:
+    """The plan whose diagonals a tail is pruned by: the objective's or, without one, the fastest
+    within the compiler's usual budget of keys. Raises `ModelError`, `NoPlan` among them.
+    """
+    if objective is not None:
+        return plan.best(layers, objective, lanes=lanes)
+    fastest = plan.best(layers, Objective(), lanes=lanes)
+    budget = schedule.default_budget(fastest.parameters)
+    try:
+        return plan.best(layers, Objective(at_most={"key_bytes": float(budget)}), lanes=lanes)
+    except NoPlan:
+        return plan.best(layers, Objective({"key_bytes": 1.0}), lanes=lanes)
+
+
+def ordered(layers: Sequence[Layer], elements: Sequence[IntArray]) -> list[Layer]:
+    """The folded tail with its elements in these orders: before the first map, and after each."""
+    found: list[Layer] = []
+    at = 0
+    for layer in layers:
+        if isinstance(layer, Affine):
+            rows, columns = elements[at + 1], elements[at]
+            weight = np.asarray(layer.weight)[np.ix_(rows, columns)]
+            found.append(Affine(weight, layer.bias[rows], layer.name))
+            at += 1
+        elif isinstance(layer, Polynomial):
+            found.append(replace(layer, coefficients=layer.coefficients[:, elements[at]]))
+        else:
+            here = elements[at]
+            found.append(replace(layer, a=layer.a[here], b=layer.b[here], c=layer.c[here]))
+    return found
+
+
+def renamed(program: Program, before: IntArray, after: IntArray) -> Program:
+    """The program that takes element `before[i]` where this one takes i, and gives `after[i]` for its i.
+
+    Layouts and the names of rows and columns change, and no operation. Raises `ModelError`
+    when these are no orders.
+    """
+    ops: list[Op] = list(program.ops)
+    first, last = ops[0], ops[-1]
+    assert isinstance(first, MapOp)
+    assert isinstance(last, MapOp)
+    for order, width in ((before, first.weight.shape[1]), (after, last.weight.shape[0])):
+        if not np.array_equal(np.sort(order), np.arange(width)):
+            raise ModelError("an order names each element once")
+    inverse = np.argsort(before)
+    ops[0] = replace(
+        first, weight=np.asarray(first.weight)[:, inverse], in_layout=_renamed(first.in_layout, before)
+    )
+    last = ops[-1]
+    assert isinstance(last, MapOp)
+    inverse = np.argsort(after)
+    ops[-1] = replace(
+        last,
+        weight=np.asarray(last.weight)[inverse],
+        bias=last.bias[inverse],
+        rows=_names(last.rows, after).astype(np.int32),
+        out_layout=_renamed(last.out_layout, after),
+    )
+    layout = _renamed(first.in_layout, before)
+    draft = replace(program.spec, input_layout=layout, keys=(), program_id="0" * 64)
+    made = tuple(ops)
+    return Program(finish(made, draft), made)
+
+
+def _renamed(layout: Layout, order: IntArray) -> Layout:
+    real = tuple(_names(layout.index, order).tolist())
+    if layout.imaginary is None:
+        return replace(layout, content=real)
+    other = _names(np.asarray(layout.imaginary), order)
+    return replace(layout, content=real, imaginary=tuple(other.tolist()))
+
+
+def _names(held: Any, order: IntArray) -> Any:
+    """Elements renamed; zero and undefined slots stay."""
+    return np.where(held >= 0, order[np.maximum(held, 0)], held)
+
+
+@dataclass(frozen=True, eq=False)
+class Arranged:
+    """How a pruned tail is compiled: the plan that its groups come from, and its orders.
+
+    made  None where groups were tiles: the compiler then arranges the tail as any other
+    """
+
+    made: Plan | None
+    elements: tuple[IntArray, ...]
+    lanes: int = 1
+    objective: Objective | None = None
+
+    def compile(self, layers: Sequence[Layer], calibration: FloatArray) -> Program:
+        """The folded tail, with activations at the cut (n, features) in their own order.
+
+        In the order it was pruned in, by the plan it was pruned for or by what the compiler finds there;
+        or in its own order, when that is predicted to be better. Raises `ModelError` as `compile_tail` does.
+        """
+        found = [compile_tail(layers, calibration, lanes=self.lanes, objective=self.objective)]
+        if self.made is not None:
+            inside, values = ordered(layers, self.elements), calibration[:, self.elements[0]]
+            for made in (
+                compile_plan(inside, values, self.made),
+                compile_tail(inside, values, lanes=self.lanes, objective=self.objective),
+            ):
+                found.append(renamed(made, self.elements[0], self.elements[-1]))
+        return min(found, key=self._value)
+
+    def _value(self, program: Program) -> float:
+        costs = plan.costs_of(program)
+        return costs.total_s if self.objective is None else self.objective.value(costs)
+
+
+def compared(before: Program, after: Program) -> dict[str, Any]:
+    """Diagonals, rotations, keys, bytes and predicted seconds of two programs, for a report."""
+    return {"before": counted(before), "after": counted(after)}
+
+
+def counted(program: Program) -> Mapping[str, Any]:
+    """What of a program's work depends on its zeros."""
+    maps = [op for op in program.ops if isinstance(op, MapOp)]
+    costs = plan.costs_of(program)
+    return {
+        "diagonals": sum(len(op.diagonals) for op in maps),
+        "rotations": sum(row["rotations"] for row in program.op_summary("native")),
+        "keys": len(program.spec.keys),
+        "key_bytes": costs.key_bytes,
+        "memory_bytes": costs.memory_bytes,
+        "predicted_s": costs.total_s,
+    }
+
+
+__all__ = ["Arranged", "compared", "counted", "ordered", "plan_for", "renamed"]
