@@ -22,8 +22,8 @@ from blindtail.he.spec import TailSpec, check_chain
 MOST_NUMBERS = 64
 #: ... and whole numbers (shapes, axes, paddings, places of a slice), in short lists.
 MOST_WHOLE_IN_LIST, MOST_WHOLE = 16, 1024
-#: A graph without weights is small.
-MOST_GRAPH_BYTES = 1 << 20
+#: A graph without weights is small, and its tensors have few axes.
+MOST_GRAPH_BYTES, MOST_AXES = 1 << 20, 8
 
 _VALUE = re.compile(r"[xy](0|[1-9][0-9]?)")
 #: ONNX's types of whole numbers and truth values; bytes of an element of float32 and float64.
@@ -96,10 +96,12 @@ def check_weight_free(name: str, graph: bytes) -> None:
     """
     if len(graph) > MOST_GRAPH_BYTES:
         raise ModelError(f"{name} has {len(graph)} bytes: an interlude without weights is far smaller")
-    numbers = whole = 0
+    numbers = whole = text = 0
     try:
         for count, is_float, inside in _constants(graph, "model", 0):
-            if is_float:
+            if inside == "text":
+                text += count
+            elif is_float:
                 numbers += count
                 if count > 1:
                     raise ModelError(
@@ -118,6 +120,8 @@ def check_weight_free(name: str, graph: bytes) -> None:
         raise ModelError(
             f"{name} holds {numbers} numbers and {whole} whole ones: no activation needs so many"
         )
+    if text > MOST_TEXT_IN_ALL:
+        raise ModelError(f"{name} holds {text} bytes of names and texts: no activation needs so many")
 
 
 # Fields of onnx.proto3 by message: number -> what is inside. Whatever is not named is skipped, but
@@ -130,8 +134,8 @@ _INSIDE: Mapping[str, Mapping[int, str]] = {
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
 }
-#: Longest name, text or unknown field: a string could carry weights too.
-MOST_TEXT = 256
+#: Longest name, text or unknown field, and all of a graph: strings could carry weights too.
+MOST_TEXT, MOST_TEXT_IN_ALL = 256, 32 << 10
 
 
 def _constants(data: bytes, message: str, depth: int) -> Iterator[tuple[int, bool, str]]:
@@ -145,37 +149,40 @@ def _constants(data: bytes, message: str, depth: int) -> Iterator[tuple[int, boo
     for field, _, value in _fields(data):
         inside = _INSIDE[message].get(field)
         if inside == "skip" and isinstance(value, bytes):  # shapes and types of values
-            if len(value) > 8 * MOST_TEXT:
-                raise ModelError("an interlude's graph holds a text that is too long")
+            yield _text(value, 8 * MOST_TEXT)
         elif inside is not None and isinstance(value, bytes):
             yield from _constants(value, inside, depth + 1)
         elif message == "attribute" and field in (2, 3):
+            if isinstance(value, bytes):
+                raise ValueError("one number, as bytes")
             yield (1, field == 2, message)
         elif message == "attribute" and field in (7, 8):  # packed or one by one
             size = 4 if field == 7 else 1
             count = len(value) // size if isinstance(value, bytes) else 1
             listed += count
             yield (count, field == 7, message)
-        elif isinstance(value, bytes) and len(value) > MOST_TEXT:
-            raise ModelError("an interlude's graph holds a text that is too long")
+        else:
+            yield _text(value, MOST_TEXT)
     if listed > MOST_WHOLE_IN_LIST:
         raise ModelError("an interlude's graph holds a long list of numbers")
 
 
 def _tensor(data: bytes) -> Iterator[tuple[int, bool, str]]:
-    dims, kind, held, parts = 1, 0, 0, list[bytes]()
+    dims, axes, kind, held, parts = 1, 0, 0, 0, list[bytes]()
     for field, _, value in _fields(data):
         if field == 1:
             for size in _varints(value) if isinstance(value, bytes) else (value,):
-                dims *= size
+                dims, axes = dims * size, axes + 1
+                if axes > MOST_AXES:
+                    raise ModelError(f"an interlude's tensor has more than {MOST_AXES} axes")
         elif field == 2 and isinstance(value, int):
             kind = value
         elif field in (4, 5, 6, 7, 9, 10, 11, 13, 14):  # every place for content, external files too
             held += len(value) if isinstance(value, bytes) else 1
             if isinstance(value, bytes):
                 parts.append(value)
-        elif isinstance(value, bytes) and len(value) > MOST_TEXT:
-            raise ModelError("an interlude's graph holds a text that is too long")
+        else:
+            yield _text(value, MOST_TEXT)
     # What the shape says and what is there: neither may be larger than the other lets on.
     count = max(dims, -(-held // 8))
     if _repeats(parts, _SIZES.get(kind, 0), dims):
@@ -183,9 +190,20 @@ def _tensor(data: bytes) -> Iterator[tuple[int, bool, str]]:
     yield count, kind not in _WHOLE, "a tensor"
 
 
+def _text(value: int | bytes, most: int) -> tuple[int, bool, str]:
+    """What a field that holds no constant adds to a graph's text, in bytes."""
+    size = len(value) if isinstance(value, bytes) else 8
+    if size > most:
+        raise ModelError("an interlude's graph holds a text that is too long")
+    return size, False, "text"
+
+
 def _repeats(parts: list[bytes], size: int, count: int) -> bool:
     """Whether a tensor's only content is one element of `size` bytes, `count` times."""
-    return len(parts) == 1 and size > 0 and parts[0] == parts[0][:size] * count
+    # The lengths first: a file may name any count, and what it names is not to be allocated.
+    return (
+        len(parts) == 1 and size > 0 and len(parts[0]) == size * count and parts[0] == parts[0][:size] * count
+    )
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int, int | bytes]]:

@@ -365,9 +365,12 @@ def _lines(out: Path | None, as_json: bool) -> Iterator[TextIO | None]:
         yield sys.stdout if as_json else None
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Answers are private, and so is what was decrypted for them.
+    # Answers are private, and so is what was decrypted for them; a file that was there keeps its
+    # mode through open, and may be one that others read.
     handle = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(handle, "w") as file:
+        if out.is_file():
+            os.fchmod(handle, 0o600)
         yield file
 
 

@@ -52,16 +52,18 @@ class Interludes:
 class Values:
     """What one offload has seen so far, by name ("x0", "y0", "x1", ...), flat. For one thread.
 
-    strange  some reply did not open as it should: the logits are no answer
+    strange  the activation cannot be encrypted, or some reply did not open as it should: the logits
+             are no answer
     """
 
     def __init__(
         self, specs: tuple[TailSpec, ...], graphs: Mapping[int, _Graph], activation: FloatArray
     ) -> None:
         self._specs, self._graphs = specs, graphs
-        self._known = {"x0": activation}
         self._logits: FloatArray | None = None
         self.strange = False
+        # An activation that cannot be encrypted must not show in what is sent either.
+        self._known = {"x0": self._bounded(activation, largest_input(specs[0]), specs[0].features)}
 
     def input(self, segment: int) -> FloatArray:
         """(features,) of a segment, all those before it having been opened."""

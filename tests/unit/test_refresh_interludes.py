@@ -117,6 +117,14 @@ PLANTED = {
     "raw": _hidden(lambda t: setattr(t, "raw_data", WEIGHTS.tobytes())),
     "unpacked": _hidden(lambda t: t.float_data.extend(WEIGHTS.tolist())),
     "documentation": _hidden(lambda t: setattr(t, "doc_string", WEIGHTS.tobytes().hex() * 3)),
+    "bytes for a number": _constant(value_float=1.0).replace(
+        b"\x15" + np.float32(1.0).tobytes(), b"\x12\x03abc"
+    ),
+    "texts": _model(
+        *(helper.make_node("Relu", ["y0"], ["output"], doc_string="w" * 250) for _ in range(200))
+    ),
+    "strings": _constant(value_strings=[WEIGHTS.tobytes()] * 300),
+    "axes": _hidden(lambda t: t.dims.extend([0, *(int(1e6 * abs(w)) for w in WEIGHTS)])),
     "sparse": _model(
         helper.make_node(
             "Constant",
@@ -138,12 +146,28 @@ def test_planted_weights_are_refused(way: str) -> None:
         check_weight_free("planted", PLANTED[way])
 
 
+_WITH_CONSTANTS = _model(
+    helper.make_node("Constant", [], ["c"], value_floats=[0.5]),
+    helper.make_node("Clip", ["y0", "c", "top"], ["output"]),
+    initializers=(numpy_helper.from_array(np.ones((1, 3, 1), np.float32), "top"),),
+)
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 400), st.integers(0, 255))
 def test_no_bytes_break_the_check(junk: bytes, at: int, byte: int) -> None:
-    for data in (junk, _flipped(_model(), at, byte), _model()[:at]):
+    check_weight_free("whole", _WITH_CONSTANTS)
+    for data in (junk, _flipped(_WITH_CONSTANTS, at, byte), _WITH_CONSTANTS[:at]):
         with suppress(ModelError):
             check_weight_free("junk", data)
+
+
+@pytest.mark.parametrize("dims", [(1 << 33,), (1 << 40,), (1 << 62,), (1 << 62, 1 << 62)])
+def test_a_shape_larger_than_its_content_is_refused_and_not_allocated(dims: tuple[int, ...]) -> None:
+    content = np.float32(0.5).tobytes()
+    tensor = TensorProto(name="c", data_type=TensorProto.FLOAT, dims=dims, raw_data=content)
+    with pytest.raises(ModelError, match="weights of a tail stay in the cloud"):
+        check_weight_free("huge", _model(initializers=(tensor,)))
 
 
 def _flipped(data: bytes, at: int, byte: int) -> bytes:
@@ -171,6 +195,21 @@ def test_a_graph_that_does_not_fit_its_tail_is_told(tmp_path: Path) -> None:
     for wrong in (edge.onnx["interlude0.1"], _model(), b""):  # other widths, other inputs, none at all
         with pytest.raises(BundleError, match=r"interlude0\.0"):
             Interludes(replace(edge, onnx={**edge.onnx, "interlude0.0": wrong}))
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -1e30])
+def test_an_activation_that_cannot_be_encrypted_does_not_show(odd: float) -> None:
+    edge, _ = packed()
+    spec = edge.segments(0)[0]
+    activation = np.linspace(-1, 1, spec.features)
+    plain = Interludes(edge).begin(0, activation)
+    assert not plain.strange
+    np.testing.assert_array_equal(plain.input(0), activation)
+    activation[3] = odd
+    values = Interludes(edge).begin(0, activation)
+    assert values.strange
+    assert np.isfinite(values.input(0)).all()
+    assert np.abs(values.input(0)).max() <= largest_input(spec)
 
 
 def test_older_releases_do_not_take_a_segment_for_a_tail(tmp_path: Path) -> None:
