@@ -138,6 +138,8 @@ def describe_spec(spec: TailSpec) -> dict[str, Any]:
         "features": spec.features,
         "outputs": spec.outputs,
         "lanes": spec.lanes,
+        "input_ciphertexts": spec.input_ciphertexts,
+        "output_ciphertexts": spec.output_ciphertexts,
         "ring_degree": spec.parameters.ring_degree,
         "log2_key_modulus": round(spec.parameters.log2_key_modulus, 2),
         "levels": len(spec.parameters.primes),
@@ -240,13 +242,15 @@ def _segment_table(tail: Mapping[str, Any]) -> RenderableType:
     from rich.table import Table
 
     table = Table(title="Round trips: between them THE EDGE SEES THE VALUES IN THE CLEAR")
-    for i, column in enumerate(("segment", "values in", "out", "levels", "uplink", "reply", "seconds")):
+    columns = ("segment", "values in", "out", "ciphertexts", "levels", "uplink", "reply", "seconds")
+    for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left")
     for i, segment in enumerate(tail["segments"]):
         table.add_row(
             f"{i} {segment['program_id'][:8]}",
             f"{segment['features']:,}",
             f"{segment['outputs']:,}",
+            f"{segment['input_ciphertexts']}, {segment['output_ciphertexts']}",
             str(segment["depth"]),
             f"{segment['uplink_bytes']:,}",
             f"{segment['reply_bytes']:,}",

@@ -53,8 +53,8 @@ class Ahead:
 
     def offer(self, session: Session, entry: Entry, seeds: Sequence[bytes]) -> TicketsTaken:
         """Takes seeds of 64 bytes. Raises `KeysMissing`; `AccessDenied` in quarantine."""
-        if not self._on or not self._wanted():
-            return TicketsTaken(0, 0)
+        if not self._on or not self._wanted() or entry.program.spec.input_ciphertexts > 1:
+            return TicketsTaken(0, 0)  # a ticket is for one ciphertext
         self._queue.refuse_quarantined(session.identity)
         state = self._keys.status(session.identity, entry.program_id, session.key_sha256).state
         if state is not KeyState.READY:

@@ -31,7 +31,7 @@ def container_bytes(spec: TailSpec, backend: str) -> int:
     if backend != "clear":
         return spec.uplink_bytes
     complex_slots = spec.input_layout.imaginary is not None
-    return HEADER_BYTES + (16 if complex_slots else 8) * spec.parameters.slots
+    return HEADER_BYTES + (16 if complex_slots else 8) * spec.input_layout.slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,12 @@ class Entry:
     program: Program
     container_bytes: int
     key_bytes: int
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Its cut, and which of the tail's segments it is."""
+        segment = self.program.spec.segment
+        return self.cut, 0 if segment is None else segment.index
 
     @property
     def program_id(self) -> str:
@@ -99,8 +105,16 @@ class Version:
     def programs(self) -> tuple[str, ...]:
         return tuple(self.entries)
 
-    def counterpart(self, entry: Entry) -> Entry | None:
-        """The program here that can answer for `entry`, of another version: same cut, same for an edge."""
+    def counterpart(self, entry: Entry, other: Version) -> Entry | None:
+        """The program here that can answer for `entry` of the other version: same cut, same for an edge.
+
+        A refreshed tail is answered whole or not at all: None where another of its segments has none.
+        """
+        segments = [e for e in other.entries.values() if e.keys_id == entry.keys_id]
+        found = {e.program_id: self._same(e) for e in segments}
+        return found[entry.program_id] if all(found.values()) else None
+
+    def _same(self, entry: Entry) -> Entry | None:
         for own in self.entries.values():
             if own.cut == entry.cut and not differences(own.program.spec, entry.program.spec):
                 return own
@@ -108,7 +122,7 @@ class Version:
 
     def answers_for(self, other: Version) -> bool:
         """True when it can answer some of the other version's edges."""
-        return any(self.counterpart(entry) is not None for entry in other.entries.values())
+        return any(self.counterpart(entry, other) is not None for entry in other.entries.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,11 +325,11 @@ def _effective(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
 
 
 def _difference(one: Version, other: Version) -> str:
-    """Fields in which two versions differ for an edge, of the first cut that both have."""
+    """Fields in which two versions differ for an edge, of the first tail that both have, or its segment."""
     for entry in other.entries.values():
         for own in one.entries.values():
-            if own.cut == entry.cut:
-                return _listed(differences(own.program.spec, entry.program.spec))
+            if own.place == entry.place and (found := differences(own.program.spec, entry.program.spec)):
+                return _listed(found)
     return "their cuts"
 
 

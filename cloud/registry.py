@@ -72,7 +72,7 @@ class Registry:
         for rule in self.catalogue.rules(model):
             for over in rule.over:
                 for entry in versions[over].entries.values():
-                    own = versions[rule.version].counterpart(entry)
+                    own = versions[rule.version].counterpart(entry, versions[over])
                     if own is None:
                         continue
                     name = own.program_id

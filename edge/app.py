@@ -33,6 +33,7 @@ from blindtail.records import Answer
 from edge.config import EdgeConfig
 
 _STATUS_S = 30.0
+_GATE_S = 0.05
 _OBJECT_STORE_BYTES = 100_000_000
 #: The token of every site of this process.
 _token: str | None = None
@@ -151,15 +152,14 @@ def _drive(
     """Keeps every actor busy with at most `in_flight` images, and no faster than they come."""
     import ray
 
-    start_s = time.monotonic()
-    period_s = 0.0 if config.images_per_s is None else 1.0 / config.images_per_s
+    pace = _Pace(config)
     waiting: dict[Any, tuple[int, int]] = {}  # reference -> (image, actor)
     free = [i for i in range(len(actors)) for _ in range(config.in_flight)]
     coming = 0  # index of the image that comes next
     while waiting or coming < len(images):
         wait_s = None  # until an answer comes
         while free and coming < len(images):
-            wait_s = start_s + coming * period_s - time.monotonic()
+            wait_s = pace.wait_s(coming)
             if wait_s > 0:
                 break
             wait_s = None
@@ -178,11 +178,44 @@ def _drive(
             yield {
                 "index": index,
                 "label": None if labels is None else int(labels[index]),
-                "at_s": now_s - start_s,
+                "at_s": now_s - pace.start_s,
                 "monotonic_s": now_s,
                 "actor": actor,
                 **answer_fields(answer),
             }
+
+
+class _Pace:
+    """When images come: no faster than `images_per_s`, and no more of them than the gate lets pass."""
+
+    def __init__(self, config: EdgeConfig) -> None:
+        self._period_s = 0.0 if config.images_per_s is None else 1.0 / config.images_per_s
+        self._gate, self._passed = config.gate, 0
+        self.start_s = self._next_s = time.monotonic()
+
+    def wait_s(self, number: int) -> float:
+        """Seconds to wait before image `number` may come, or before asking again; at most 0: it comes now."""
+        now_s = time.monotonic()
+        if self._gate is not None and number >= self._passed:
+            self._passed = _passed(self._gate)
+            if number >= self._passed:
+                self._next_s = now_s  # the pace goes on from there: images do not come in a heap
+                return _GATE_S
+        if self._next_s > now_s:
+            return self._next_s - now_s
+        # From when it was due, so that a late one does not make all the others late.
+        self._next_s += self._period_s
+        return 0.0
+
+
+def _passed(gate: Path) -> int:
+    """How many images a gate lets pass. Raises `ConfigError` for a file that does not say."""
+    try:
+        return int(gate.read_text())
+    except FileNotFoundError:
+        return sys.maxsize
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{gate} must hold one number, of the images that may come") from error
 
 
 def answer_fields(answer: Answer) -> dict[str, Any]:

@@ -103,7 +103,8 @@ def prepare_backend(spec: TailSpec, backend: str) -> None:
 
 def largest_reply(spec: TailSpec, backend: str) -> int:
     """Bytes of a reply's container; `clear` sends every slot as a double."""
-    return spec.reply_bytes if backend == "seal" else max(spec.reply_bytes, 1024 + 8 * spec.parameters.slots)
+    clear = 1024 + 8 * spec.output_layout.slots
+    return spec.reply_bytes if backend == "seal" else max(spec.reply_bytes, clear)
 
 
 def open_cipher(
@@ -124,7 +125,8 @@ def open_cipher(
     key = SecretKey.load(spec, secret)
     encryptor = Encryptor(spec, key)
     later = [(Encryptor(s, key), Decryptor(s, key)) for s in following]
-    return LockedCipher(encryptor, Decryptor(spec, key), encryptor, later)
+    tickets = encryptor if spec.input_ciphertexts == 1 else None  # one covers one ciphertext
+    return LockedCipher(encryptor, Decryptor(spec, key), tickets, later)
 
 
 def make_keys(

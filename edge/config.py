@@ -38,6 +38,8 @@ class EdgeConfig:
     actors             runtimes that answer side by side
     in_flight          images that one actor works on at once
     images_per_s       how fast images come, all actors together; absent = as fast as they are answered
+    gate               file that says how many of the images may come by now, for demonstrations; absent, or
+                       once the file is gone = all
     ready_timeout_s    how long to wait for keys before the first image; 0 = not at all
     metrics_port       Prometheus over HTTP: the first actor's port, the next one's is one higher, and so
                        on; absent or 0 = off
@@ -60,6 +62,7 @@ class EdgeConfig:
     actors: int = 1
     in_flight: int = 2
     images_per_s: float | None = None
+    gate: Path | None = None
     ready_timeout_s: float = 60.0
     metrics_port: int | None = None
     metrics_host: str = "127.0.0.1"

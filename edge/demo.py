@@ -60,7 +60,7 @@ def demo_command(
     and site. The site makes its keys, uploads them, and answers Fashion-MNIST's test
     images; early exits answer the easy ones, the encrypted tail the others. After a
     quarter an evaluator is killed. Half-way the operator sets a tighter deadline, which
-    no offload can meet, and the exits answer everything from then on.
+    no offload can meet; once it is in force the other half comes, and the exits answer all of it.
 
     Prints who answered, how accurately and how fast, and writes report.json,
     report.html and plots to the folder given by --out; the processes' logs lie in

@@ -24,6 +24,8 @@ from edge.processes import ChildFailed
 
 _POLL_S = 0.05
 _RECOVERY_S = 120.0
+#: Most of a command's time is Python's start.
+_COMMAND_S = 60.0
 
 
 @dataclass
@@ -85,7 +87,7 @@ class Events:
         number = len(self._threads)
         if number >= len(self.events) or answered < self.events[number].share * self.images:
             return None
-        if self.one_by_one and (self._busy or time.monotonic() < self._over_s + self.pause_s):
+        if self.one_by_one and (self.happening or time.monotonic() < self._over_s + self.pause_s):
             return None
         thread = threading.Thread(target=self._run, args=(self.events[number], answered), daemon=True)
         self._threads.append(thread)
@@ -103,10 +105,10 @@ class Events:
 
     @property
     def all_done(self) -> bool:
-        return len(self._threads) == len(self.events) and not self._busy
+        return len(self._threads) == len(self.events) and not self.happening
 
     @property
-    def _busy(self) -> bool:
+    def happening(self) -> bool:
         return any(thread.is_alive() for thread in self._threads)
 
     def check(self) -> None:
@@ -192,6 +194,7 @@ class Operator:
         found: dict[str, Any] = self._policy(
             *("set", "--policy", policy, "--deadline", str(deadline_s), "--note", note),
             *("--wait", str(wait_s)),
+            timeout_s=_COMMAND_S + wait_s,
         )
         return found
 
@@ -204,10 +207,15 @@ class Operator:
         peers: list[dict[str, Any]] = found["peers"] if isinstance(found, dict) else found
         return peers
 
-    def _policy(self, verb: str, *arguments: str) -> Any:
+    def _policy(self, verb: str, *arguments: str, timeout_s: float = _COMMAND_S) -> Any:
         command = [sys.executable, "-m", "blindtail", "policy", verb, *arguments]
         command += ["--orchestrator", self._orchestrator, "--plaintext", "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL
+            )
+        except subprocess.TimeoutExpired:
+            raise BlindtailError(f"'blindtail policy {verb}' took longer than {timeout_s:.0f} s") from None
         if done.returncode:
             raise BlindtailError(f"'blindtail policy {verb}' failed: {done.stderr.strip()[-500:]}")
         return json.loads(done.stdout)

@@ -202,8 +202,9 @@ def _follow(
             progress.fallbacks += answer.fallback is not None
         now_s = time.monotonic()
         if lines:
-            moved_s = now_s
             progress.show(progress)
+        if lines or events.happening:
+            moved_s = now_s
         name = events.due(len(answers))
         if name is not None:
             progress.event = f"; {name}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,7 +18,10 @@ from edge.demo_report import Answered
 from edge.processes import Child
 
 _EDGE_BT, _CLOUD_BT = bundle_paths("fashion")
-_ACK_S = 15.0
+#: Share of the images that the first objective decides.
+_HALF = 0.5
+#: Edges answer within milliseconds where nothing else runs.
+_ACK_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,10 @@ class Stage:
     objectives: list[dict[str, Any]] = field(default_factory=list)
 
     @property
+    def gate(self) -> Path:
+        return gate_file(self.state)
+
+    @property
     def cell(self) -> dict[str, Any]:
         return announced(self.state / "cloud.json")
 
@@ -97,6 +106,11 @@ class Stage:
         )
 
 
+def gate_file(state: Path) -> Path:
+    """Holds back the images that the later objective is to decide, until it is in force."""
+    return state / "gate"
+
+
 def orchestrator_command(state: Path, address: str) -> list[str]:
     return [
         *("blindtail", "orchestrator", "--port", address.rpartition(":")[2]),
@@ -117,6 +131,9 @@ def edge_command(config: DemoConfig, state: Path, address: str, control: str) ->
     settings = f"ready_timeout_s = {config.start_timeout_s}\n"
     if config.images_per_s is not None:
         settings += f"images_per_s = {config.images_per_s}\n"
+    if not config.chaos:
+        gate_file(state).write_text(str(math.ceil(_HALF * config.images)))
+        settings += f"gate = {json.dumps(str(gate_file(state)))}\n"
     (state / "edge.toml").write_text(settings)
     return [
         *("blindtail", "edge", str(config.edge_bt), "--cloud", address, "--plaintext"),
@@ -137,13 +154,18 @@ def edge_command(config: DemoConfig, state: Path, address: str, control: str) ->
 
 
 def usual(stage: Stage) -> list[Event]:
-    """An evaluator dies after a quarter; half-way the objective changes."""
+    """An evaluator dies after a quarter; half-way the objective changes, and the other half comes then.
+
+    The command is a process that takes seconds where other work goes on: images that came
+    meanwhile would be the first objective's, and there might be none left for the second.
+    """
     config = stage.config
 
     def tighter(answered: int) -> None:
         stage.set_deadline(config.tighter_s, "half-way: a tighter deadline", answered)
+        stage.gate.unlink(missing_ok=True)
 
-    events = [Event(0.5, f"deadline {config.tighter_s:g} s", tighter)]
+    events = [Event(_HALF, f"deadline {config.tighter_s:g} s", tighter)]
     if config.kill:
         events.insert(0, Event(0.25, "evaluator killed", lambda n: _kill_evaluator(stage, n)))
     return events

@@ -8,7 +8,6 @@ with bytes of its usual size, and only the answer is thrown away (docs/threat-mo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,8 +22,6 @@ from blindtail.interludes import graph_name
 from edge.executor import session_options
 
 FloatArray = NDArray[np.float64]
-#: |value| * scale stays below q / 4 where it is encrypted (`blindtail.he.secret`).
-_HEADROOM = 4.0
 #: Larger values than any reply can hold; as float32 they are still finite.
 _MOST = 1e30
 
@@ -107,8 +104,7 @@ class Values:
 
 def largest_input(spec: TailSpec) -> float:
     """The largest |value| that can be encrypted for a segment, a hair less."""
-    modulus = math.prod(float(q) for q in spec.parameters.primes[: spec.input_level + 1])
-    return 0.999 * modulus / (_HEADROOM * spec.input_scale)
+    return 0.999 * spec.largest_input
 
 
 class _Graph:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -24,6 +25,10 @@ from blindtail.errors import BlindtailError
 
 _POLL_S = 0.1
 _TAIL_LINES = 5
+#: In the environment of a child and of everything it starts: marks, the outermost first.
+_MARK = "BLINDTAIL_FAMILY"
+#: A process that was killed ends when it gets its turn on a processor.
+_END_S = 30.0
 
 
 class ChildFailed(BlindtailError):
@@ -42,6 +47,8 @@ class Child:
     ) -> None:
         self.name, self.log = name, log
         log.parent.mkdir(parents=True, exist_ok=True)
+        self._mark = secrets.token_hex(16)
+        marks = f"{os.environ.get(_MARK, '')} {self._mark}".strip()
         with log.open("wb") as file:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
@@ -49,7 +56,7 @@ class Child:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {}), _MARK: marks},
             )
 
     @property
@@ -100,24 +107,42 @@ class Child:
             ) from None
 
     def stop(self, grace_s: float = 15.0) -> None:
-        """SIGTERM, a grace period, then SIGKILL to whatever is left of it and its descendants."""
-        family = _descendants(self.pid)
+        """SIGTERM, a grace period, then SIGKILL to whatever is left of it and its descendants.
+
+        They have all ended when it returns, also those whose parents ended before them.
+        """
+        family = self._family()
         if self.code is None:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(grace_s)
-        family |= _descendants(self.pid)
+        family |= self._family()
         if self.code is None:
             self._process.kill()
             self._process.wait()
-        _kill(family)
+        self._end(family)
 
     def kill(self) -> None:
         """SIGKILL to it and all its descendants at once, as a machine that loses power."""
-        family = _descendants(self.pid)
+        family = self._family()
         self._process.kill()
         _kill(family)
         self._process.wait()
+        self._end(family)
+
+    def _family(self) -> set[tuple[int, str]]:
+        """(pid, start time) of everything that it has started and that runs."""
+        return _descendants(self.pid) | _marked(self._mark)
+
+    def _end(self, family: set[tuple[int, str]]) -> None:
+        """SIGKILL to all of them, and to what they start meanwhile, until none is left."""
+        end_s = time.monotonic() + _END_S
+        while left := {(pid, started) for pid, started in family if _start_time(pid) == started}:
+            _kill(left)
+            if time.monotonic() > end_s:
+                raise ChildFailed(f"of the {self.name} process {len(left)} are left though they were killed")
+            time.sleep(_POLL_S)
+            family = left | self._family()
 
     def __enter__(self) -> Self:
         return self
@@ -155,6 +180,17 @@ def _kill(family: Iterable[tuple[int, str]]) -> None:
         if _start_time(pid) == started:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def _marked(mark: str) -> set[tuple[int, str]]:
+    """(pid, start time) of every process of this user whose environment holds `mark`."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if mark.encode() in (entry / "environ").read_bytes() and (fields := _stat(int(entry.name))):
+                    found.add((int(entry.name), fields[19]))
+    return found
 
 
 def _descendants(root: int) -> set[tuple[int, str]]:

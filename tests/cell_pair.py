@@ -55,7 +55,7 @@ def transfers(cell: LocalCell, direction: str, outcome: str = "ok") -> float:
     return value or 0.0
 
 
-def until(condition: Callable[[], Any], timeout_s: float = 15.0) -> None:
+def until(condition: Callable[[], Any], timeout_s: float = 30.0) -> None:
     end_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end_s, "it never happened"

@@ -21,13 +21,19 @@ class Ticket:
     def bytes(self) -> int: ...
 
 class Tail:
-    """One program. `instructions`: "" = the best here; `word_bits`: 0 = what the primes allow.
+    """One program. `instructions`: "" = the best here; `word_bits`: 0 = what the primes allow; `inputs`:
+    ciphertexts that it reads, at most 64.
 
     Everything raises `ValueError` for what cannot be.
     """
 
     def __init__(
-        self, log_n: int, primes: Sequence[int], instructions: str = "", word_bits: int = 0
+        self,
+        log_n: int,
+        primes: Sequence[int],
+        instructions: str = "",
+        word_bits: int = 0,
+        inputs: int = 1,
     ) -> None: ...
     def add_map(
         self,
@@ -47,8 +53,9 @@ class Tail:
         """Rotations as Galois elements; giants: (index of baby, index of diagonal) by giant step;
         diagonals (count, N / 2), and their imaginary parts, if they have any.
 
-        sources: operands, as values: 0 is the input, each step makes the next; empty: the one
-        before. inputs: which operand each baby step turns; empty: the first."""
+        sources: operands, as values: the inputs come first, each step makes the next; empty: the
+        one before. inputs: which operand each baby step turns; empty: the first. Maps that follow one
+        another with the same sources and level share their rotations."""
     def map_bytes(self, level: int, diagonals: int) -> int:
         """Of an encoded map, its bias included: a multiple of 64."""
     def encode_map(
@@ -84,7 +91,14 @@ class Tail:
         scale: float = 1.0,
     ) -> None:
         """Of one or two values and a constant, (N / 2,) at `scale`; stays at its level."""
-    def finish(self, period: int, dropped_bits: int) -> None: ...
+    def finish(self, period: int, dropped_bits: int, outputs: int = 1, group_bytes: int = 1 << 28) -> None:
+        """The last `outputs` steps, at most 64, are maps at level 1: their results are the reply.
+
+        group_bytes: memory that sums of maps which share rotations may take; 0: none share. Results
+        do not depend on it."""
+    @property
+    def groups(self) -> list[int]:
+        """How many maps each group has that shares its rotations, in order."""
     @property
     def word_bits(self) -> int: ...
     @property
@@ -100,14 +114,17 @@ class Tail:
     def expect(self) -> None:
         """An evaluation is soon to come: threads that sleep wake up. Changes no result."""
     def evaluate(self, keys: Keys, body: NDArray[np.uint8], threads: int = 1) -> bytes: ...
-    def make_ticket(self, keys: Keys, seed: bytes, threads: int = 1) -> Ticket: ...
+    def make_ticket(self, keys: Keys, seed: bytes, threads: int = 1) -> Ticket:
+        """seed: 64 bytes for each input."""
     def evaluate_ticket(
         self, keys: Keys, body: NDArray[np.uint8], ticket: Ticket, threads: int = 1
     ) -> bytes: ...
     def evaluate_residues(
         self, keys: Keys, c0: NDArray[np.uint64], c1: NDArray[np.uint64], threads: int = 1
     ) -> NDArray[np.uint64]:
-        """(level + 1, N) each, NTT form -> (2, N) at level 0, coefficients."""
+        """(level + 1, N) each, NTT form -> (2, N) at level 0, coefficients.
+
+        Several inputs lie one after the other; several outputs come as (outputs, 2, N)."""
 
 class Exact:
     """SEAL's operations, word for word, on (polynomials, primes, N); a key is (2, key primes, N) a digit."""

@@ -31,27 +31,28 @@ _SAMPLES = 64
 _UNSET = 2.0  # a scale without meaning
 
 
-class _Builder:
-    """Operations so far; a value is the number of the operation that gives it, plus one."""
+class Builder:
+    """Operations so far. Values are numbered: those of the inputs first, then one an operation."""
 
-    def __init__(self, level: int) -> None:
+    def __init__(self, level: int, inputs: int = 1) -> None:
         self.ops: list[Op] = []
         self.ties: dict[int, int] = {}
-        self.levels = [level]
+        self.inputs = inputs
+        self.levels = [level] * inputs
 
     def add(self, op: Op) -> int:
         self.ops.append(op)
         self.levels.append(op.out_level)
-        return len(self.ops)
+        return len(self.levels) - 1
 
     def back(self, value: int) -> int:
-        return len(self.ops) + 1 - value
+        return len(self.levels) - value
 
 
 class _Polynomial:
     """Evaluates one activation's polynomial on one value."""
 
-    def __init__(self, builder: _Builder, name: str, layout: Layout, x: int) -> None:
+    def __init__(self, builder: Builder, name: str, layout: Layout, x: int) -> None:
         self._to, self._name, self._layout = builder, name, layout
         self._powers = [x]  # x^(2^j)
 
@@ -129,12 +130,22 @@ class _Polynomial:
         return to.add(SumOp(name, level, self._layout, _UNSET, backs, constant))
 
 
+def activated_value(
+    builder: Builder, activation: Activation, layout: Layout, value: int, name: str = "square"
+) -> int:
+    """Value of an activation of a value. name: of a plain square"""
+    if activation.coefficients is None:
+        back = builder.back(value)
+        return builder.add(SquareOp(name, builder.levels[value], layout, _UNSET, _UNSET, back))
+    return _Polynomial(builder, activation.name, layout, value).evaluate(activation.coefficients)
+
+
 def activation_ops(activation: Activation, level: int) -> tuple[Op, ...]:
     """What an activation becomes at `level`, for counting."""
     assert activation.coefficients is not None
     size = activation.coefficients.shape[1]
     layout = Layout(size, 1, tuple(range(size)))
-    builder = _Builder(level)
+    builder = Builder(level)
     _Polynomial(builder, activation.name, layout, 0).evaluate(activation.coefficients)
     return tuple(builder.ops)
 
@@ -146,7 +157,7 @@ def assembled(normal: Normal, maps: Sequence[MapOp], level: int) -> tuple[tuple[
            `Normal.sources`, without levels and scales
     level  of the input
     """
-    builder = _Builder(level)
+    builder = Builder(level)
     values = [0]
     for index, op in enumerate(maps):
         read = [values[value] for value, _ in normal.sources(index)]
@@ -158,15 +169,9 @@ def assembled(normal: Normal, maps: Sequence[MapOp], level: int) -> tuple[tuple[
         made = builder.add(placed)
         if index == len(normal.activations):
             break
-        activation = normal.activations[index]
-        if activation.coefficients is None:
-            name, here = f"square{index}", builder.levels[made]
-            made = builder.add(SquareOp(name, here, op.out_layout, _UNSET, _UNSET))
-        else:
-            made = _Polynomial(builder, activation.name, op.out_layout, made).evaluate(
-                activation.coefficients
-            )
-        values.append(made)
+        values.append(
+            activated_value(builder, normal.activations[index], op.out_layout, made, f"square{index}")
+        )
     return tuple(builder.ops), builder.ties
 
 
@@ -279,4 +284,4 @@ def _of_map(
     )
 
 
-__all__ = ["activation_ops", "applied", "assembled", "drafted", "mapped"]
+__all__ = ["Builder", "activated_value", "activation_ops", "applied", "assembled", "drafted", "mapped"]

@@ -50,12 +50,11 @@ class ClearOperations:
     def _parameters(self) -> Parameters:
         return self._program.spec.parameters
 
-    def fresh(self, values: FloatArray) -> ClearCiphertext:
-        """Encode and encrypt: (lanes, features) -> a ciphertext at the input level."""
-        spec = self._program.spec
-        return self._noisy(
-            spec.input_layout.place(values), spec.input_level, spec.input_scale, noise.fresh(self._parameters)
-        )
+    def fresh(self, values: FloatArray) -> list[ClearCiphertext]:
+        """Encode and encrypt: (lanes, features) -> ciphertexts at the input level."""
+        spec, variance = self._program.spec, noise.fresh(self._parameters)
+        tiles = spec.input_layout.place(values).reshape(spec.input_ciphertexts, -1)
+        return [self._noisy(slots, spec.input_level, spec.input_scale, variance) for slots in tiles]
 
     def _noisy(self, slots: SlotArray, level: int, scale: float, variance: float) -> ClearCiphertext:
         if self._rng is not None:
@@ -157,8 +156,12 @@ class ClearEvaluator(Evaluator):
             spec.input_scale,
             spec.input_layout.imaginary is not None,
         )
-        done = self.program.run(self._operations, ClearCiphertext(slots, spec.input_level, spec.input_scale))
-        return container.write_clear(spec, done.slots.real, done.level, spec.reply.scale)
+        tiles = slots.reshape(spec.input_ciphertexts, -1)
+        fresh = [ClearCiphertext(tile, spec.input_level, spec.input_scale) for tile in tiles]
+        done = self.program.run(self._operations, fresh)
+        return container.write_clear(
+            spec, np.concatenate([one.slots.real for one in done]), 0, spec.reply.scale
+        )
 
     def logits(self, activations: FloatArray) -> FloatArray:
         """(n, features) -> (n, outputs), lane by lane through the program."""
@@ -170,7 +173,7 @@ class ClearEvaluator(Evaluator):
             padded = np.zeros((spec.lanes, spec.features))
             padded[: len(batch)] = batch
             done = self.program.run(self._operations, self._operations.fresh(padded))
-            slots = self._through_reply(done.slots.real)
+            slots = np.concatenate([self._through_reply(one.slots.real) for one in done])
             rows.append(spec.output_layout.read(slots)[: len(batch)])
         return np.concatenate(rows)
 

@@ -11,38 +11,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from blindtail.errors import ConfigError, ModelError
-from blindtail.he import noise, plan, precision, schedule
+from blindtail.he import plan, precision, schedule, tiling
 from blindtail.he.assemble import drafted
 from blindtail.he.compatible import differences
-from blindtail.he.container import HEADER_BYTES
-from blindtail.he.elementwise import Op
-from blindtail.he.error_growth import largest_error
-from blindtail.he.layers import Affine, FloatArray, Layer
+from blindtail.he.completion import checked, completed_with_error
+from blindtail.he.layers import FloatArray, Layer
 from blindtail.he.normal import Normal, normalised
 from blindtail.he.objective import NoPlan, Objective
 from blindtail.he.operations import MapOp, Term
-from blindtail.he.packing import packed_bytes
 from blindtail.he.params import MAX_LOG2_Q_128, Parameters
 from blindtail.he.plan import REPLY_PERIOD
-from blindtail.he.program import Program, finish
-from blindtail.he.propagation import propagate
-from blindtail.he.scales import HEADROOM, choose_scales, with_scales
+from blindtail.he.program import Program
+from blindtail.he.scales import HEADROOM
 from blindtail.he.schedule import KeysTooLarge, Step
 from blindtail.he.slotmaps import TooWide
-from blindtail.he.sparse import Sparse, compact
-from blindtail.he.spec import Layout, ReplyForm, TailSpec
+from blindtail.he.sparse import Sparse, compact, entries
+from blindtail.he.spec import Layout, TailSpec
 from blindtail.he.stability import check, enforce
+from blindtail.he.tiled_compiler import compile_tiling
 
-#: A reply may lose low bits of c1 as long as the error they cause stays below the
-#: noise, or below this share of the largest logit (one standard deviation).
-REPLY_PRECISION = 2.0**-15
-#: Two bits fewer are lost where the reply then still fits these bytes (at N = 8192).
-REPLY_BYTES, FINER_BITS = 26_000, 2
+#: Weights of one map from which on several ciphertexts are looked at only where one does not do.
+_LARGE = 30_000_000
 
 
 def compile_tail(
@@ -81,9 +74,9 @@ def compile_tail(
     `NoPlan` when none keeps the objective's bounds.
     """
     tail = normalised(layers)
-    x = _checked(calibration, tail.maps[0])
+    x = checked(calibration, tail.maps[0])
     if held_out is not None:
-        others = _checked(held_out, tail.maps[0], "held-out")
+        others = checked(held_out, tail.maps[0], "held-out")
         enforce(check(layers, x, others), "the tail", allow_unstable=allow_unstable)
     if like is not None:
         if objective is not None:
@@ -97,12 +90,32 @@ def compile_tail(
             raise ConfigError("give the budget of keys as a bound of the objective: at_most key_bytes")
         if precision.wanted(objective):
             return _precise(tail, x, objective, lanes, ring_degree)
-        made = plan.best(layers, objective, lanes=lanes, ring_degree=ring_degree)
-        return compile_plan(layers, x, made)
+    wanted = objective or plan.fastest(tail, ring_degree, key_budget_bytes)
+    large = max(len(entries(step.weight)) for step in tail.maps) > _LARGE
+    several = None if large else _in_several(tail, wanted, lanes, ring_degree)
+    try:
+        if objective is None:
+            program = _in_one(tail, x, lanes, ring_degree, key_budget_bytes)
+            value = program.predicted_s(schedule.BACKEND)
+        else:
+            made = plan.best(layers, objective, lanes=lanes, ring_degree=ring_degree)
+            value, program = objective.value(made.costs), None
+    except TooWide:
+        several = several or _in_several(tail, wanted, lanes, ring_degree)
+        if several is None:
+            raise
+        return compile_tiling(tail, x, several)
+    if several is not None and wanted.value(several.costs) < value:
+        return compile_tiling(tail, x, several)
+    return program or compile_plan(layers, x, made)
+
+
+def _in_one(tail: Normal, x: FloatArray, lanes: int, ring_degree: int | None, budget: int | None) -> Program:
+    """With every value in one ciphertext, in the smallest ring that takes that."""
     problem: ModelError | None = None
     for number, parameters in enumerate(plan.rings(tail.depth, ring_degree)):
         try:
-            return _compile(tail, x, lanes, parameters, budget=key_budget_bytes)
+            return _compile(tail, x, lanes, parameters, budget=budget)
         except KeysTooLarge:
             raise  # a larger ring has larger keys
         except ModelError as error:
@@ -111,6 +124,20 @@ def compile_tail(
                 break
     assert problem is not None
     raise problem
+
+
+def _in_several(
+    tail: Normal, objective: Objective, lanes: int, ring_degree: int | None
+) -> tiling.Tiling | None:
+    """Values over several ciphertexts of the smallest ring, where one of that ring does not hold them."""
+    parameters = plan.rings(tail.depth, ring_degree)[0]
+    positions, features = parameters.slots // lanes, tail.maps[0].weight.shape[1]
+    if max(features / 2, *(len(step.bias) for step in tail.maps)) <= positions:
+        return None
+    try:
+        return tiling.choose(tail, parameters, objective, lanes=lanes)
+    except ModelError:
+        return None  # a larger ring, or the reason why none does
 
 
 def _precise(
@@ -136,7 +163,7 @@ def compile_plan(layers: Sequence[Layer], calibration: FloatArray, chosen: plan.
     Raises `ModelError` when the plan is not for layers of these sizes.
     """
     tail = normalised(layers)
-    x = _checked(calibration, tail.maps[0])
+    x = checked(calibration, tail.maps[0])
     sizes = [step.arrangement.out_layout.size for step in chosen.steps]
     if chosen.first.size != x.shape[1] or sizes != [len(step.bias) for step in tail.maps]:
         raise ModelError("this plan was made for layers of other sizes: plan again")
@@ -158,18 +185,6 @@ def _check_depth(tail: Normal) -> None:
             f"{tail.depth} levels, and the largest ring holds {most} at 128 bits: cut the network later "
             f"(after {left[0]}), or use fewer activations, or of lower degree"
         )
-
-
-def _checked(calibration: FloatArray, first: Affine, kind: str = "calibration") -> FloatArray:
-    x, features = np.asarray(calibration, np.float64), first.weight.shape[1]
-    if x.ndim != 2 or x.shape[1] != features or not len(x):
-        raise ModelError(
-            f"{kind} data has shape {x.shape}; the tail takes (n, {features}) activations at the cut, "
-            f"n of 1 or more: what goes into {first.name}, one flattened activation a row"
-        )
-    if not np.isfinite(x).all():
-        raise ModelError(f"{kind} data holds NaN or infinity; check the images it was computed from")
-    return x
 
 
 def _checked_like(program: Program, like: TailSpec) -> Program:
@@ -220,55 +235,19 @@ def _arranged_with_error(
     like: TailSpec | None = None,
 ) -> tuple[Program, float]:
     """And the standard deviation of a logit on `native`, in the noisiest slot."""
-    lanes, arranged = first.lanes, [step.arrangement for step in steps]
+    arranged = [step.arrangement for step in steps]
     scattered = arranged[-1].scattered
     draft = drafted(tail, _maps(tail, steps, first), arranged, first, parameters.max_level, x)
-    scales = choose_scales(draft, parameters, like, scattered)
-    ops = with_scales(draft, scales, parameters, like is not None)
-    every = draft.scales(scales, parameters)
-    left = propagate(ops, draft.stats, every, parameters)
-    largest = draft.stats[-1].max_out
-    last = steps[-1].arrangement.period
-    period = last * lanes
-    # Of a reply's noise, only that of the 2 * period coefficients that are read remains.
-    dropped = 0 if scattered else _dropped_bits(parameters, period, left.typical, largest * scales[-1])
-    if like is not None:
-        dropped = like.reply.c1_dropped_bits
-    cut = period * noise.truncated(parameters, dropped)
-    spec = TailSpec(
-        parameters=parameters,
-        input_layout=first,
-        input_level=parameters.max_level,
-        input_scale=scales[0],
-        keys=(),
-        output_layout=steps[-1].arrangement.out_layout,
-        reply=ReplyForm(period, dropped, ops[-1].out_scale),
-        predicted_noise=math.sqrt(left.typical) / scales[-1],
-        predicted_worst_noise=math.sqrt(left.worst) / scales[-1],
-        input_bound=float(np.abs(x).max()),
-        program_id="0" * 64,
-    )
-    spec = _with_noise(spec, ops, x, math.sqrt(cut) / scales[-1])
-    own = propagate(ops, draft.stats, every, parameters, hoisted=True)
-    return Program(finish(ops, spec), ops), math.sqrt(own.worst + cut) / scales[-1]
-
-
-def _with_noise(draft: TailSpec, ops: tuple[Op, ...], x: FloatArray, of_reply: float) -> TailSpec:
-    """Noise of the noisiest logit in the place of the average that scales were chosen by.
-
-    of_reply  standard deviation of what the reply's lost bits add, in logits
-    """
-    average, worst = draft.predicted_noise, draft.predicted_worst_noise
-    program = Program(draft, ops)
-    largest = largest_error(program, x)
-    if program.is_chain:  # elsewhere the average counts noise as shared that is not
-        largest = max(largest, average)
-    # What hits one slot alone is amplified on its way as all the rest is.
-    peak = largest * worst / average
-    return replace(
+    last = steps[-1].arrangement
+    return completed_with_error(
         draft,
-        predicted_noise=math.hypot(largest, of_reply),
-        predicted_worst_noise=math.hypot(peak, of_reply),
+        parameters,
+        first,
+        last.out_layout,
+        last.period * first.lanes,
+        x,
+        like=like,
+        scattered=scattered,
     )
 
 
@@ -281,26 +260,6 @@ def _schedule(
     # Zeros among the new weights may offer another layout: devices keep theirs.
     firsts = [way for way in firsts if way[0] == like.input_layout] or firsts
     return schedule.choose(tail, firsts, parameters, last, held=like.keys)
-
-
-def _dropped_bits(parameters: Parameters, period: int, noise_variance: float, largest: float) -> int:
-    """Lowest bits of c1 that a reply goes without; both numbers in units of its scale."""
-    accepted = max(noise_variance, (REPLY_PRECISION * largest) ** 2)
-    most = 0
-    while most < 16 and period * noise.truncated(parameters, most + 1) <= accepted:
-        most += 1
-
-    def size(bits: int) -> int:
-        width = parameters.primes[0].bit_length()
-        c1 = packed_bytes(parameters.ring_degree, width - bits)
-        return HEADER_BYTES + packed_bytes(2 * period, width) + c1
-
-    fits = [
-        bits
-        for bits in range(max(0, most - FINER_BITS), most)
-        if size(bits) <= REPLY_BYTES * parameters.ring_degree / 8192
-    ]
-    return min(fits, default=most)
 
 
 def _maps(tail: Normal, steps: Sequence[Step], first: Layout) -> list[MapOp]:

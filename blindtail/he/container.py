@@ -17,9 +17,11 @@ A container is an 88-byte header and a body, all little-endian:
 Residues are packed to the width of their prime (`blindtail.he.packing`).
 Bodies, with N the ring degree and l the level:
 
-    ciphertext  64-byte seed of c1; c0 in NTT form, primes q_0 ... q_l
+    ciphertext  64-byte seed of c1; c0 in NTT form, primes q_0 ... q_l; so for each
+                ciphertext that the activation lies over
     reply       c0, coefficients 0, N/2p, 2N/2p, ... (2p of them, p the period);
-                then the N coefficients of c1 without their lowest bits; modulus q_0
+                then the N coefficients of c1 without their lowest bits; modulus q_0;
+                so for each ciphertext of the result
     keys        for each key of the program, in its order, for each digit 0..l:
                 64-byte seed of c1; c0 in NTT form, primes q_0 ... q_l, special
 
@@ -79,19 +81,23 @@ def _digit_bytes(spec: TailSpec, level: int) -> int:
 
 def ciphertext_bytes(spec: TailSpec) -> int:
     """Exact size of an encrypted activation's container."""
+    return HEADER_BYTES + spec.input_ciphertexts * _one_ciphertext_bytes(spec)
+
+
+def _one_ciphertext_bytes(spec: TailSpec) -> int:
     primes = spec.parameters.primes[: spec.input_level + 1]
-    return HEADER_BYTES + SEED_BYTES + _residue_bytes(spec.parameters.ring_degree, primes)
+    return SEED_BYTES + _residue_bytes(spec.parameters.ring_degree, primes)
 
 
 def reply_bytes(spec: TailSpec) -> int:
     """Exact size of a reply's container."""
+    return HEADER_BYTES + spec.output_ciphertexts * _one_reply_bytes(spec)
+
+
+def _one_reply_bytes(spec: TailSpec) -> int:
     width = spec.parameters.primes[0].bit_length()
     kept = width - spec.reply.c1_dropped_bits
-    return (
-        HEADER_BYTES
-        + packed_bytes(2 * spec.reply.period, width)
-        + packed_bytes(spec.parameters.ring_degree, kept)
-    )
+    return packed_bytes(2 * spec.reply.period, width) + packed_bytes(spec.parameters.ring_degree, kept)
 
 
 def key_bytes(spec: TailSpec) -> int:
@@ -167,10 +173,11 @@ class Seeded:
     seed: bytes
 
 
-def write_ciphertext(spec: TailSpec, ciphertext: Seeded) -> bytes:
-    """One encrypted activation at the program's input level and scale."""
+def write_ciphertexts(spec: TailSpec, ciphertexts: Iterable[Seeded]) -> bytes:
+    """One encrypted activation at the program's input level and scale: `spec.input_ciphertexts` of them."""
     primes = spec.parameters.primes[: spec.input_level + 1]
-    body = ciphertext.seed + _pack_residues(ciphertext.c0, primes)
+    body = b"".join(part for one in ciphertexts for part in (one.seed, _pack_residues(one.c0, primes)))
+    assert HEADER_BYTES + len(body) == ciphertext_bytes(spec)
     return _seal(CIPHERTEXT, spec.input_level, BLAKE2XB, spec.input_scale, spec.program_id, body)
 
 
@@ -180,20 +187,30 @@ def ciphertext_body(spec: TailSpec, data: Buffer) -> memoryview:
     return _open(data, CIPHERTEXT, spec.input_level, BLAKE2XB, spec.input_scale, spec.program_id, size)
 
 
-def read_ciphertext(spec: TailSpec, data: Buffer) -> Seeded:
-    """Raises `ContainerError` unless `data` is exactly what the program expects."""
+def read_ciphertexts(spec: TailSpec, data: Buffer) -> list[Seeded]:
+    """All of an activation. Raises `ContainerError` unless `data` is exactly what the program expects."""
     body = ciphertext_body(spec, data)
-    primes = spec.parameters.primes[: spec.input_level + 1]
-    c0, _ = _unpack_residues(body, SEED_BYTES, spec.parameters.ring_degree, primes, _KIND_NAMES[CIPHERTEXT])
-    return Seeded(c0, bytes(body[:SEED_BYTES]))
+    primes, n = spec.parameters.primes[: spec.input_level + 1], spec.parameters.ring_degree
+    found, at = list[Seeded](), 0
+    for _ in range(spec.input_ciphertexts):
+        seed = bytes(body[at : at + SEED_BYTES])
+        c0, at = _unpack_residues(body, at + SEED_BYTES, n, primes, _KIND_NAMES[CIPHERTEXT])
+        found.append(Seeded(c0, seed))
+    return found
 
 
-def write_reply(spec: TailSpec, c0: U64, c1: U64) -> bytes:
-    """An evaluated ciphertext at level 0, coefficient form; c0 and c1 of shape (N,)."""
+def write_reply(spec: TailSpec, halves: Iterable[tuple[U64, U64]]) -> bytes:
+    """Evaluated ciphertexts at level 0, coefficient form: c0 and c1 of each, of shape (N,)."""
     width = spec.parameters.primes[0].bit_length()
     drop = spec.reply.c1_dropped_bits
     stride = spec.parameters.ring_degree // (2 * spec.reply.period)
-    return seal_reply(spec, pack_bits(c0[::stride], width) + pack_bits(c1 >> np.uint64(drop), width - drop))
+    return seal_reply(
+        spec,
+        b"".join(
+            pack_bits(c0[::stride], width) + pack_bits(c1 >> np.uint64(drop), width - drop)
+            for c0, c1 in halves
+        ),
+    )
 
 
 def seal_reply(spec: TailSpec, body: Buffer) -> bytes:
@@ -201,9 +218,14 @@ def seal_reply(spec: TailSpec, body: Buffer) -> bytes:
     return _seal(REPLY, 0, NO_SEED, spec.reply.scale, spec.program_id, body)
 
 
-def read_reply(spec: TailSpec, data: Buffer) -> tuple[U64, U64]:
-    """c0 (zero off the subring) and c1 (mid-points restored), coefficient form, each (N,)."""
+def read_reply(spec: TailSpec, data: Buffer) -> list[tuple[U64, U64]]:
+    """Each ciphertext's c0 (zero off the subring) and c1 (mid-points restored), coefficient form, (N,)."""
     body = _open(data, REPLY, 0, NO_SEED, spec.reply.scale, spec.program_id, reply_bytes(spec) - HEADER_BYTES)
+    each = _one_reply_bytes(spec)
+    return [_read_one_reply(spec, body[at : at + each]) for at in range(0, len(body), each)]
+
+
+def _read_one_reply(spec: TailSpec, body: memoryview) -> tuple[U64, U64]:
     n, q0 = spec.parameters.ring_degree, spec.parameters.primes[0]
     width, drop = q0.bit_length(), spec.reply.c1_dropped_bits
     kept, stride = 2 * spec.reply.period, n // (2 * spec.reply.period)
@@ -301,8 +323,12 @@ def write_clear(spec: TailSpec, values: SlotArray, level: int, scale: float) -> 
 
 
 def read_clear(spec: TailSpec, data: Buffer, level: int, scale: float, imaginary: bool = False) -> SlotArray:
-    """Slot values (N / 2,); complex ones if `imaginary`. Raises `ContainerError`."""
-    size = spec.parameters.slots * (16 if imaginary else 8)
+    """Slot values of the activation (level > 0) or the result; complex ones if `imaginary`.
+
+    Of all ciphertexts one after the other. Raises `ContainerError`.
+    """
+    layout = spec.input_layout if level else spec.output_layout
+    size = layout.slots * (16 if imaginary else 8)
     body = _open(data, CLEAR, level, NO_SEED, scale, spec.program_id, size)
     values = np.frombuffer(body, "<f8").astype(np.float64)
     if not np.isfinite(values).all() or float(np.abs(values).max()) > math.ldexp(1.0, 60):

@@ -98,14 +98,55 @@ def count(op: Op, backend: str = "seal") -> Counts:
 
     if isinstance(op, MapOp):
         counts = affine(op.level, *_shape(op), backend)
-        # Further operands have digits of their own.
-        more = sum(1 for i in range(1, len(op.terms)) if any(t == i and b for t, _, b in op.used))
+        # Each operand that is rotated has digits of its own; the first of them is counted already.
+        rotated = {term for term, _, b in op.used if b}
+        more = max(0, len(rotated) - 1) if backend == "native" else 0
         return replace(counts, transforms=counts.transforms + more * (op.level + 1) * (op.level + 2))
     if isinstance(op, ScaleOp):
         return affine(op.level, 0, 0, len(op.backs), (), backend)
     if isinstance(op, SumOp):
         return Counts(0, 0, 0, 0, 0, 0, 2 * (op.level + 1))
     return square(op.level, backend)
+
+
+def counted(ops: Sequence[Op], inputs: int = 1, backend: str = "seal") -> list[Counts]:
+    """`count` of each operation, where maps of one group share rotations (`operations.grouped`).
+
+    The first of a group that needs a rotation has it.
+    """
+    from blindtail.he.operations import MapOp, grouped
+
+    found, groups = list[Counts](), grouped(ops, inputs)
+    turned: set[tuple[int, int]] = set()
+    for index, op in enumerate(ops):
+        counts = count(op, backend)
+        if not index or groups[index] != groups[index - 1]:
+            turned = set()
+        if isinstance(op, MapOp):
+            own = {(term, b) for term, _, b in op.used if b}
+            if turned and own:
+                counts = _shared(counts, own, turned, op.level, backend)
+            turned |= own
+        found.append(counts)
+    return found
+
+
+def _shared(
+    counts: Counts, own: set[tuple[int, int]], turned: set[tuple[int, int]], level: int, backend: str
+) -> Counts:
+    """A map's counts without the rotations (operand, baby step) that are there."""
+    k, again = level + 1, len(own & turned)
+    spared = again * _keyswitch(k)
+    if backend == "native":
+        operands = {term for term, _ in own} & {term for term, _ in turned}
+        spared = len(operands) * k * (k + 1)
+    return replace(
+        counts,
+        rotations=counts.rotations - again,
+        transforms=counts.transforms - spared,
+        key_pairs=counts.key_pairs - again * k * (k + 1),
+        turns=counts.turns - again * 2 * (k + 1),
+    )
 
 
 def count_part(ops: Sequence[Op], part: Part) -> list[Counts]:

@@ -19,16 +19,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from blindtail.errors import ModelError
 from blindtail.he import noise
-from blindtail.he.layers import FloatArray
+from blindtail.he.layers import FloatArray, outputs
 from blindtail.he.operations import MapOp, turned
 from blindtail.he.program import Linear, Program, SumOp
+from blindtail.he.recover import layers_of
 from blindtail.he.sparse import Sparse, Weight
 from blindtail.he.spec import SlotArray
 
 #: Outputs looked at, those with the largest weights first, and rows of calibration data, fewer where
 #: products times positions times outputs would go beyond `_WORK`.
-_OUTPUTS, _ROWS, _WORK = 16, 4, 5e8
+_OUTPUTS, _ROWS, _WORK = 16, 8, 5e8
 
 Gradient = NDArray[Any]
 
@@ -135,6 +137,28 @@ class _Tape:
         return replace(ct, level=level)
 
 
+def _telling_rows(program: Program, calibration: FloatArray, most: int) -> list[int]:
+    """Rows of calibration data (n, features) that derivatives are taken at, `most` or fewer.
+
+    Errors grow with derivatives, and those of a high power follow the largest value that it is
+    taken of, which need not be one of a large input: rows where some value inside is largest,
+    beside what is usual there, and rows of the largest norm, in turn.
+    """
+    by_norm = np.argsort(np.square(calibration).sum(axis=1))[::-1][:most]
+    try:
+        layers = layers_of(program)
+    except ModelError:  # no layers make it
+        return [int(row) for row in by_norm]
+    steep = np.zeros(len(calibration))
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        for value in outputs(layers, calibration):
+            largest = np.abs(value).max(axis=1, initial=0.0)
+            steep = np.fmax(steep, largest / np.median(largest))
+    by_steepness = np.argsort(steep)[::-1][:most]
+    turns = np.stack([by_steepness, by_norm], axis=1).ravel()
+    return [int(row) for row in dict.fromkeys(turns.tolist())][:most]
+
+
 def _same(gradient: Gradient) -> Gradient:
     return gradient
 
@@ -146,24 +170,27 @@ def _unturned(gradient: Gradient, by: int) -> Gradient:
 def largest_error(program: Program, calibration: FloatArray) -> float:
     """Standard deviation of the noisiest logit's error, in logits; the reply's lost bits not counted.
 
-    calibration  activations, (n, features): of the largest ones
+    calibration  activations, (n, features): of those that errors grow most for
 
     First order: products of two errors, smaller by as much as an error is smaller
     than its value, are left out.
     """
-    spec, n = program.spec, len(program.spec.input_layout.content)
-    tape, reading = _Tape(program), _reading(program, n)
+    spec, tape, reading = program.spec, _Tape(program), _reading(program)
     rows = int(_WORK / max(1, len(tape.plain) * reading.size))
-    loud = np.argsort(np.square(calibration).sum(axis=1))[::-1][: min(max(rows, 1), _ROWS)]
+    loud = _telling_rows(program, calibration, min(max(rows, 1), _ROWS))
     # One lane stands for all of them: a position holds the same in each.
-    first = spec.input_layout.place(np.tile(calibration[loud[0]], (spec.lanes, 1)))
-    slots = np.empty((len(loud), n), first.dtype)
-    for row, chosen in enumerate(loud):
-        placed = spec.input_layout.place(np.tile(calibration[chosen], (spec.lanes, 1)))
-        slots[row] = placed.reshape(n, spec.lanes)[:, 0]
-    fresh = noise.fresh(spec.parameters)
-    result = program.run(tape, tape.keep(slots, spec.input_level, spec.input_scale, fresh))
-    gradients: dict[_Step, Gradient] = {result.step: reading}
+    alone = replace(spec.input_layout, lanes=1)
+    slots = np.stack([alone.place(calibration[chosen]) for chosen in loud])
+    variance = noise.fresh(spec.parameters)
+    fresh = [
+        tape.keep(tile, spec.input_level, spec.input_scale, variance)
+        for tile in np.split(slots, spec.input_ciphertexts, axis=1)
+    ]
+    results = program.run(tape, fresh)
+    parts = np.split(reading, len(results), axis=2)
+    gradients: dict[_Step, Gradient] = {
+        result.step: part for result, part in zip(results, parts, strict=True)
+    }
     total: Any = 0.0
     while tape.steps:
         step = tape.steps.pop()
@@ -199,11 +226,13 @@ def _row_powers(weight: Weight) -> FloatArray:
     return powers
 
 
-def _reading(program: Program, positions: int) -> Gradient:
-    """Derivatives of outputs by position of the result, (1, outputs, positions): copies are averaged."""
-    last, index = program.ops[-1], program.spec.output_layout.index
-    assert isinstance(last, MapOp)
-    power = sum(_row_powers(term.weight) for term in last.terms)
+def _reading(program: Program) -> Gradient:
+    """Derivatives of outputs by position of the results, (1, outputs, positions): copies are averaged."""
+    index, power = program.spec.output_layout.index, np.zeros(program.spec.outputs)
+    for number in program.results:
+        last = program.ops[number]
+        assert isinstance(last, MapOp)
+        power += sum(_row_powers(term.weight) for term in last.terms)
     loud = np.argsort(power)[::-1][:_OUTPUTS]
     taken = (index[None] == loud[:, None]).astype(np.float64)
     shared: Gradient = (taken / taken.sum(axis=1, keepdims=True))[None]

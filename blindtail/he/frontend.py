@@ -41,6 +41,9 @@ from blindtail.models.operations import (
 )
 from blindtail.models.tracing import Untraceable, first_line, unwrapped
 
+#: The comparison with the tail itself: largest value inside, and how often inputs are halved for that.
+_INSIDE, _HALVINGS = 1e3, 40
+
 
 def fold_tail(tail: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
     """Fold a tail into [Affine, Quadratic or Polynomial, Affine, ..., Affine], all float64.
@@ -263,6 +266,24 @@ def _attribute(tail: nn.Module, path: str) -> Any:
     return value
 
 
+def _calm(layers: list[Layer], x: FloatArray) -> float:
+    """A power of two <= 1 by which x (n, features) is to be multiplied, so that numbers stay precise.
+
+    A high power of a value of 3 is large enough for its rounding to outweigh what follows, and many
+    squares in a row leave the range of numbers: values inside stay below `_INSIDE` where some factor
+    brings them there, else finite.
+    """
+    finite = 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        for factor in 0.5 ** np.arange(_HALVINGS):
+            largest = float(np.max([np.abs(value).max(initial=0.0) for value in outputs(layers, x * factor)]))
+            if largest <= _INSIDE:
+                return float(factor)
+            if not finite and np.isfinite(largest):
+                finite = float(factor)
+    return finite
+
+
 def _check_against(
     tail: nn.Module, layers: list[Layer], input_shape: tuple[int, ...], own_floats: bool
 ) -> None:
@@ -272,13 +293,10 @@ def _check_against(
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(8, *input_shape, generator=generator, dtype=torch.float64)
+    x = x * _calm(layers, x.numpy().reshape(len(x), -1))
     x, tail = (x.float(), tail.float()) if own_floats else (x, tail.double())
     wanted = tail(x).numpy().reshape(len(x), -1)
-    while not np.isfinite(wanted).all() and bool(x.any()):
-        x = x / 16  # many squares in a row leave the range of numbers
-        wanted = tail(x).numpy().reshape(len(x), -1)
-    got = x.double().numpy().reshape(len(x), -1)
-    got = outputs(layers, got)[-1]
+    got = outputs(layers, x.double().numpy().reshape(len(x), -1))[-1]
     scale = max(1.0, float(np.abs(wanted).max()))
     if wanted.shape != got.shape or not np.allclose(
         got, wanted, rtol=0.0, atol=(1e-3 if own_floats else 1e-8) * scale

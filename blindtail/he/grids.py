@@ -147,7 +147,7 @@ def firsts(
             if only is None:
                 found += _gathered(step.weight, outs, positions, lanes)
             for grid, halved in itertools.product(before, (False, True)):
-                made = _on_grids(step.weight, grid, halved, outs, period, positions, lanes)
+                made = _on_grids(grid, halved, outs, period, positions, lanes)
                 found += [] if made is None else [made]
     if not found:
         raise problem
@@ -325,7 +325,7 @@ def _flat(size: int) -> Grid:
 
 
 def _on_grids(
-    weight: Weight, grid: Grid, halved: bool, outs: Grid, period: int, positions: int, lanes: int
+    grid: Grid, halved: bool, outs: Grid, period: int, positions: int, lanes: int
 ) -> tuple[Layout, Arrangement] | None:
     """The activation at the cut on a grid, its copies rotated so that rows share the work; None if too wide.
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blindtail.errors import ModelError
-from blindtail.he.sparse import Sparse, Weight, entries
+from blindtail.he.sparse import Sparse, Weight, applied_to, entries
 
 FloatArray = NDArray[np.float64]
 #: Of one image's activation before a map and after it, (C, H, W) or (n,).
@@ -78,9 +78,9 @@ class Affine:
 
     def __call__(self, x: FloatArray, older: Sequence[FloatArray] = ()) -> FloatArray:
         """(n, in) -> (n, out). older: the values before, oldest first, where there are skips."""
-        y = x @ self.weight.T + self.bias
+        y = applied_to(self.weight, x) + self.bias
         for skip in self.skips:
-            y = y + older[len(older) - skip.back] @ skip.weight.T
+            y = y + applied_to(skip.weight, older[len(older) - skip.back])
         return y
 
 

@@ -91,13 +91,14 @@ class NativeEvaluator(Evaluator):
         self.threads = threads
         spec, parameters = self.spec, self.spec.parameters
         log_n = parameters.ring_degree.bit_length() - 1
-        self._tail = _native.Tail(log_n, list(parameters.key_primes), instructions, word_bits)
+        inputs = spec.input_ciphertexts
+        self._tail = _native.Tail(log_n, list(parameters.key_primes), instructions, word_bits, inputs)
         blocks = None if weights is None else self._shared(weights)
         #: Whether weights are in a mapped file, whose memory all evaluators of this node share.
         self.shares_weights = blocks is not None
         left = iter(blocks or ())
         for index, op in enumerate(program.ops):
-            sources = [index + 1 - back for back in op.backs]
+            sources = [inputs + index - back for back in op.backs]
             if isinstance(op, Linear):
                 if blocks is not None:
                     self._tail.add_encoded_map(**self._plan(op), sources=sources, encoded=next(left))
@@ -110,7 +111,7 @@ class NativeEvaluator(Evaluator):
                 self._tail.add_product(op.level, sources)
             else:
                 self._tail.add_square(op.level, sources)
-        self._tail.finish(spec.reply.period, spec.reply.c1_dropped_bits)
+        self._tail.finish(spec.reply.period, spec.reply.c1_dropped_bits, spec.output_ciphertexts)
 
     def _shared(self, folder: Path) -> list[encoded.Block] | None:
         maps = [op for op in self.program.ops if isinstance(op, Linear)]

@@ -31,7 +31,7 @@ that (~0,) is the conjugation alone and (f, ~0, ~f) both of a doubling step's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -278,6 +278,23 @@ class MapOp:
         )
 
 
+def grouped(ops: Sequence[object], inputs: int = 1) -> list[int]:
+    """Number of each operation's group: maps that follow one another and read the very same values.
+
+    They are the tiles of one map over several ciphertexts. What an operand's digits and
+    rotations by baby steps cost is paid once a group.
+    """
+    found: list[int] = []
+    before: object = None
+    for index, op in enumerate(ops):
+        key: object = index
+        if isinstance(op, MapOp):
+            key = op.level, tuple(inputs + index - back for back in op.backs)
+        found.append(found[-1] if found and key == before else (found[-1] + 1 if found else 0))
+        before = key
+    return found
+
+
 def in_slots(turn: int, lanes: int) -> int:
     """A turn in positions -> the same in slots."""
     return turn * lanes if turn >= 0 else ~(~turn * lanes)
@@ -320,6 +337,7 @@ __all__ = [
     "MapOp",
     "Term",
     "fold",
+    "grouped",
     "in_slots",
     "landing_scale",
     "leading_scale",

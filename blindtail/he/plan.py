@@ -187,6 +187,12 @@ def costs_of(program: Program) -> Costs:
     )
 
 
+def fastest(tail: Normal, ring_degree: int | None = None, budget: int | None = None) -> Objective:
+    """The least time within a budget of keys, in bytes; without it the usual one of the smallest ring."""
+    limit = budget or schedule.default_budget(rings(tail.depth, ring_degree)[0])
+    return Objective({"total_s": 1.0}, {"key_bytes": limit})
+
+
 def rings(levels: int, ring_degree: int | None = None, bits: int = PRIME_BITS) -> list[Parameters]:
     """Parameter sets worth a look: the smallest ring that is secure, and those above.
 
@@ -325,6 +331,7 @@ __all__ = [
     "Plan",
     "best",
     "costs_of",
+    "fastest",
     "fitting",
     "front",
     "ranked",

@@ -8,6 +8,7 @@ key exists. `blindtail.he.operations` says what the operations compute.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,10 +23,19 @@ from blindtail.he import cost, noise, program_file
 from blindtail.he.calibration import Calibration, word_bytes
 from blindtail.he.elementwise import Linear, Op, ProductOp, ScaleOp, SquareOp, SumOp
 from blindtail.he.layers import FloatArray
-from blindtail.he.operations import MapOp, in_slots, landing_scale, leading_scale
+from blindtail.he.operations import MapOp, grouped, in_slots, landing_scale, leading_scale
 from blindtail.he.params import Parameters
 from blindtail.he.program_file import FORMAT_VERSION
-from blindtail.he.spec import KeyNeed, Layout, ReplyForm, TailSpec, canonical_json, sha256_hex
+from blindtail.he.spec import (
+    GARBAGE,
+    ZERO,
+    KeyNeed,
+    Layout,
+    ReplyForm,
+    TailSpec,
+    canonical_json,
+    sha256_hex,
+)
 
 RELINEARISE = 0  # the Galois element no rotation has: stands for the relinearisation key
 
@@ -52,22 +62,38 @@ class Program:
     spec: TailSpec
     ops: tuple[Op, ...]
 
-    def run(self, operations: Operations[Ct], ct: Ct) -> Ct:
-        """Fresh ciphertext at the input level -> logits at level 0. Raises `ModelError` when damaged."""
-        values: dict[int, Ct] = {0: ct}
-        last = last_uses(self.ops)
+    def run(self, operations: Operations[Ct], fresh: Sequence[Ct]) -> list[Ct]:
+        """Fresh ciphertexts at the input level -> logits at level 0. Raises `ModelError` when damaged.
+
+        As many as the activation and the logits lie over (`spec.input_ciphertexts`): mostly one and one.
+        """
+        values, inputs = dict(enumerate(fresh)), self.spec.input_ciphertexts
+        last, groups = last_uses(self.ops, inputs), grouped(self.ops, inputs)
+        if len(values) != inputs:
+            raise ModelError(f"the program takes {inputs} ciphertexts, not {len(values)}")
+        turned: dict[tuple[int, int], Ct] = {}
         for index, op in enumerate(self.ops):
-            if any(index + 1 - back not in values for back in op.backs):
+            own = inputs + index
+            if index and groups[index] != groups[index - 1]:
+                turned = {}
+            if any(own - back not in values for back in op.backs):
                 raise ModelError(f"{op.name}: reads what is not there")
-            read = [operations.lower(values[index + 1 - back], op.level) for back in op.backs]
-            values[index + 1] = self._run_op(operations, index, op, read)
+            read = [operations.lower(values[own - back], op.level) for back in op.backs]
+            values[own] = self._run_op(operations, index, op, read, turned)
             for value in [v for v in values if last.get(v) == index]:
                 del values[value]
-        return values[len(self.ops)]
+        return [values[inputs + index] for index in self.results]
 
-    def _run_op(self, operations: Operations[Ct], index: int, op: Op, read: list[Ct]) -> Ct:
+    def _run_op(
+        self,
+        operations: Operations[Ct],
+        index: int,
+        op: Op,
+        read: list[Ct],
+        turned: dict[tuple[int, int], Ct],
+    ) -> Ct:
         if isinstance(op, MapOp):
-            return self._run_map(operations, index, op, read)
+            return self._run_map(operations, index, op, read, turned)
         if isinstance(op, SquareOp):
             return operations.rescale(operations.square(read[0]))
         if isinstance(op, ProductOp):
@@ -78,13 +104,20 @@ class Program:
         terms = [operations.multiply_diagonal(ct, index, i, 0, 0) for i, ct in enumerate(read)]
         return operations.add_bias(operations.rescale(reduce(operations.add, terms)), index)
 
-    def _run_map(self, operations: Operations[Ct], index: int, op: MapOp, read: list[Ct]) -> Ct:
+    def _run_map(
+        self,
+        operations: Operations[Ct],
+        index: int,
+        op: MapOp,
+        read: list[Ct],
+        turned: dict[tuple[int, int], Ct],
+    ) -> Ct:
+        """turned: (operand, positions) -> the rotated operand, of maps of the same group before this one."""
         lanes = op.in_layout.lanes
         steps = sorted(op.used)
-        babies = {
-            (i, b): operations.turn(read[i], b * lanes) if b else read[i]
-            for i, b in {(i, b) for i, _, b in steps}
-        }
+        for i, b in sorted({(i, b) for i, _, b in steps} - set(turned)):
+            turned[i, b] = operations.turn(read[i], b * lanes) if b else read[i]
+        babies = turned
         total: Ct | None = None
         for giant in reversed(range(op.giant)):
             if total is not None:
@@ -103,8 +136,15 @@ class Program:
         return operations.add_bias(total, index)
 
     @property
+    def results(self) -> range:
+        """The operations whose results are the logits' ciphertexts, in their order."""
+        return range(len(self.ops) - self.spec.output_ciphertexts, len(self.ops))
+
+    @property
     def is_chain(self) -> bool:
-        """Maps of one operand and squares in turns, each of the value before."""
+        """Maps of one operand and squares in turns, each of the value before, in one ciphertext each."""
+        if self.spec.input_ciphertexts > 1 or self.spec.output_ciphertexts > 1:
+            return False
         return all(
             op.backs == (1,) and isinstance(op, SquareOp if i % 2 else MapOp) for i, op in enumerate(self.ops)
         )
@@ -136,15 +176,21 @@ class Program:
         if backend == "native":
             if not self.is_chain:
                 # A ticket then holds the expanded seed alone.
-                counts = [] if part == "ticket" else [cost.count(op, backend) for op in self.ops]
+                counts = [] if part == "ticket" else self._counts(backend)
             else:
                 counts = cost.count_part(self.ops, part)
             one = one if calibration is None else calibration.at(self.working_bytes(part))
         elif part == "total":
-            counts = [cost.count(op, backend) for op in self.ops]
+            counts = self._counts(backend)
         else:
             raise ModelError(f"the backend {backend} makes no tickets")
-        return cost.seconds(backend, self.spec.parameters.ring_degree, counts, one=one, part=part)
+        found = cost.seconds(backend, self.spec.parameters.ring_degree, counts, one=one, part=part)
+        # Each ciphertext of the activation has a seed of its own to expand.
+        more = 0 if part == "online" else self.spec.input_ciphertexts - 1
+        return found + more * one.expand_s * self.spec.parameters.ring_degree / 8192
+
+    def _counts(self, backend: str) -> list[cost.Counts]:
+        return cost.counted(self.ops, self.spec.input_ciphertexts, backend)
 
     def working_bytes(self, part: cost.Part = "total") -> int:
         """Keys, plaintexts and ticket that `native` reads (or writes) in one evaluation, or in a part."""
@@ -188,21 +234,26 @@ class Program:
         - folding ends in one division by P, `seal`'s in one a rotation;
         - single rotations and relinearisations are as on `seal`, excess included.
         """
-        spec, lanes, last = self.spec, self.spec.lanes, self.ops[-1]
-        assert isinstance(last, MapOp)
-        unturned = noise.peak_shares(spec.parameters)
-        turned = [np.roll(unturned, -giant * last.baby * lanes) for giant in range(last.giant)]
-        share = np.sum(turned, axis=0).reshape(-1, spec.reply.period).sum(axis=0)  # over averaged copies
+        spec, lanes, period = self.spec, self.spec.lanes, self.spec.reply.period
         excess = spec.predicted_worst_noise**2 - spec.predicted_noise**2
-        sigmas = 6.0 * (1 + math.sqrt(spec.reply.period / spec.parameters.slots))
-        bounds: FloatArray = sigmas * np.sqrt(spec.predicted_noise**2 + excess * share)
-        return bounds[: spec.outputs * lanes].reshape(spec.outputs, lanes).T
+        sigmas = 6.0 * (1 + math.sqrt(period / spec.parameters.slots))
+        unturned = noise.peak_shares(spec.parameters)
+        found = np.zeros((spec.outputs, lanes))
+        for index in self.results:
+            last = self.ops[index]
+            assert isinstance(last, MapOp)
+            turned = [np.roll(unturned, -giant * last.baby * lanes) for giant in range(last.giant)]
+            share = np.sum(turned, axis=0).reshape(-1, period).sum(axis=0)  # over averaged copies
+            bounds = sigmas * np.sqrt(spec.predicted_noise**2 + excess * share)
+            held = last.out_layout.index[: period // lanes]
+            places = np.flatnonzero(held >= 0)
+            np.maximum.at(found, held[places], bounds.reshape(-1, lanes)[places])
+        return found.T
 
     def op_summary(self, backend: str = "native") -> list[dict[str, Any]]:
         """One row per operation, for people: levels, rotations, products, counts and seconds on `backend`."""
         rows = []
-        for op in self.ops:
-            counts = cost.count(op, backend)
+        for op, counts in zip(self.ops, self._counts(backend), strict=True):
             row: dict[str, Any] = {
                 "op": program_file.KINDS[type(op)],
                 "name": op.name,
@@ -256,11 +307,21 @@ def finish(ops: tuple[Op, ...], draft: TailSpec) -> TailSpec:
     """
     parameters = draft.parameters
     # By value: level, scale, layout.
-    values: list[tuple[int, float, Layout]] = [(draft.input_level, draft.input_scale, draft.input_layout)]
-    last, needs = last_uses(ops), dict[int, int]()
+    values: list[tuple[int, float, Layout]] = [
+        (draft.input_level, draft.input_scale, tile) for tile in draft.input_layout.tiles(parameters.slots)
+    ]
+    inputs, results = len(values), draft.output_ciphertexts
+    last = last_uses(ops, inputs)
+    if len(ops) < results:
+        raise ModelError("a program has an operation for each ciphertext of its result")
+    if len(ops) > program_file.MAX_OPS:
+        raise ModelError(
+            f"the program has {len(ops)} operations, and a file holds {program_file.MAX_OPS}: take a "
+            "larger ring, whose ciphertexts are fewer, or make layers smaller"
+        )
     for index, op in enumerate(ops):
-        least = 0 if isinstance(op, SumOp) else 1
-        if not op.backs or max(op.backs) > index + 1 or min(op.backs) < 1:
+        least, ends = 0 if isinstance(op, SumOp) else 1, index >= len(ops) - results
+        if not op.backs or max(op.backs) > inputs + index or min(op.backs) < 1:
             raise ModelError(f"{op.name}: reads what comes after it or before the input")
         if isinstance(op, MapOp):
             before = [(term.in_scale, term.in_layout) for term in op.terms]
@@ -268,12 +329,12 @@ def finish(ops: tuple[Op, ...], draft: TailSpec) -> TailSpec:
         else:
             before = [(scale, op.layout) for scale in op.in_scales]
             after = op.layout
-        read = [values[index + 1 - back] for back in op.backs]
+        read = [values[inputs + index - back] for back in op.backs]
         fits = len(before) == len(read) and all(
             level >= op.level and (scale, layout) == (wanted, like)
             for (level, scale, layout), (wanted, like) in zip(read, before, strict=False)
         )
-        if not fits or op.level < least or (op.out_level < 1 and index + 1 < len(ops)):
+        if not fits or op.level < least or (op.out_level < 1 and not ends):
             raise ModelError(f"{op.name}: its level, scale or layout does not follow from what comes before")
         if isinstance(op, MapOp):
             op.check()
@@ -283,18 +344,17 @@ def finish(ops: tuple[Op, ...], draft: TailSpec) -> TailSpec:
             raise ModelError(f"{op.name}: slots with imaginary parts are for a map to read")
         else:
             op.check(parameters)
-        if index and index not in last:
-            raise ModelError(f"{ops[index - 1].name}: nothing reads what it computes")
+        if ends is (inputs + index in last):
+            what = "the result is read" if ends else "nothing reads what it computes"
+            raise ModelError(f"{op.name}: {what}")
         values.append((op.out_level, op.out_scale, after))
-        for turn, at in _turns(op).items():
-            element = RELINEARISE if turn == _RELINEARISING else parameters.turn_element(turn)
-            needs[element] = max(needs.get(element, 0), at)
-    level, scale, layout = values[-1]
-    period = draft.reply.period // layout.lanes
-    content = layout.index
-    repeats = period > 0 and len(content) % period == 0 and np.array_equal(content, np.roll(content, period))
-    if level != 0 or scale != draft.reply.scale or not repeats or not isinstance(ops[-1], MapOp):
-        raise ModelError("the last operation does not end in the reply's form")
+    for op, (level, scale, tile) in zip(ops[-results:], values[-results:], strict=True):
+        period, content = draft.reply.period // tile.lanes, tile.index
+        repeats = period > 0 and len(content) % period == 0
+        repeats = repeats and np.array_equal(content, np.roll(content, period))
+        if level != 0 or scale != draft.reply.scale or not repeats or not isinstance(op, MapOp):
+            raise ModelError("the last operation does not end in the reply's form")
+    layout = _whole([tile for _, _, tile in values[-results:]])
     keys = key_needs(ops, parameters)
     if draft.segment is not None:  # it shares the keys of its chain
         held = {key.element: key.level for key in draft.keys}
@@ -315,9 +375,21 @@ def key_needs(ops: Sequence[Op], parameters: Parameters) -> tuple[KeyNeed, ...]:
     return tuple(KeyNeed(element, needs[element]) for element in sorted(needs))
 
 
-def last_uses(ops: Sequence[Op]) -> dict[int, int]:
-    """Value -> the last operation that reads it; the result, which none reads, is absent."""
-    return {index + 1 - back: index for index, op in enumerate(ops) for back in op.backs}
+def last_uses(ops: Sequence[Op], inputs: int = 1) -> dict[int, int]:
+    """Value -> the last operation that reads it; results, which none reads, are absent."""
+    return {inputs + index - back: index for index, op in enumerate(ops) for back in op.backs}
+
+
+def _whole(tiles: Sequence[Layout]) -> Layout:
+    """The layout of a tensor over several ciphertexts. Raises `ModelError` unless it is all there."""
+    first = tiles[0]
+    if any((tile.size, tile.lanes, tile.imaginary) != (first.size, first.lanes, None) for tile in tiles):
+        raise ModelError("the ciphertexts of the result are not of one tensor")
+    content = tuple(itertools.chain.from_iterable(tile.content for tile in tiles))
+    whole = first if len(tiles) == 1 else Layout(first.size, first.lanes, content)
+    if len(set(whole.content) - {ZERO, GARBAGE}) != whole.size:
+        raise ModelError("the result does not hold every output")
+    return whole
 
 
 #: Stands for relinearisation among turns; turns are of slots, and there are not that many.

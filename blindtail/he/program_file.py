@@ -25,7 +25,8 @@ KINDS: dict[type, str] = {
     SumOp: "sum",
     ScaleOp: "scale",
 }
-MAX_OPS = 256
+#: Three layers with cubics over 64 ciphertexts each are 9 * 64 + 3 * 64.
+MAX_OPS = 1024
 
 
 def structure(ops: tuple[Op, ...]) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
@@ -111,7 +112,7 @@ def read_ops(listed: list[Any], tensors: Mapping[str, NDArray[Any]], spec: TailS
     if not listed or len(listed) > MAX_OPS:
         raise ModelError(f"a program has between 1 and {MAX_OPS} operations")
     ops: list[Op] = []
-    layouts = [spec.input_layout]
+    layouts = list(spec.input_layout.tiles(spec.parameters.slots))
     for index, item in enumerate(listed):
         backs = tuple(int(back) for back in item["reads"])
         if not backs or not all(1 <= back <= len(layouts) for back in backs):

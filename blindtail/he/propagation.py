@@ -63,25 +63,28 @@ def propagate(
     scales: Sequence[float],
     parameters: Parameters,
     hoisted: bool = False,
+    results: int = 1,
 ) -> Noise:
-    """Follow the noise through the program, whose last operation is a map: of `seal`, or of `native`.
+    """Follow the noise through the program, which ends in a map: of `seal`, or of `native`.
 
-    scales   of every value, the input's first
+    scales   of every value, those of the inputs first
+    results  maps that it ends in, one for each ciphertext of the logits: the noisiest counts
     hoisted  as `native` does it: digits that it hoists are centred, a quarter of the variance and no
              excess; rotations of one fold group share a rounding (`Program.error_bounds`)
 
     `peak` is of the slots hit in the last map, before that of all hit slots together.
     """
     switching = _Switching(parameters, hoisted)
-    values = [_Held(noise.fresh(parameters), 0.0)]
-    for index, (op, s) in enumerate(zip(ops, stats, strict=True)):
-        read = [values[index + 1 - back] for back in op.backs]
-        units = [scales[index + 1 - back] for back in op.backs]
+    values = [_Held(noise.fresh(parameters), 0.0)] * (len(scales) - len(ops))
+    ends: list[Noise] = []
+    for own, (op, s) in enumerate(zip(ops, stats, strict=True), start=len(values)):
+        read = [values[own - back] for back in op.backs]
+        units = [scales[own - back] for back in op.backs]
         if isinstance(op, Linear):
-            plain = [scales[index + 1] * parameters.primes[op.level] / unit for unit in units]
-            if index == len(ops) - 1:
-                return _last(op.level, s, read, units, plain, switching)
-            if isinstance(op, MapOp):
+            plain = [scales[own] * parameters.primes[op.level] / unit for unit in units]
+            if own >= len(scales) - results:
+                ends.append(_last(op.level, s, read, units, plain, switching))
+            elif isinstance(op, MapOp):
                 values.append(_map(op.level, s, read, units, plain, switching))
             else:
                 values.append(_multiples(op.level, s, read, units, plain, parameters))
@@ -92,7 +95,7 @@ def propagate(
             values.append(_Held(deviation**2 + extra, peak))
         else:
             values.append(_product(op, s, read, units, parameters))
-    raise AssertionError("a tail ends in a map")
+    return Noise(max(end.typical for end in ends), max(end.worst for end in ends))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ def layers_of(program: Program) -> list[Layer]:
     Squares come back as such; weights are those of the program, with what activations owed
     to them. Raises `ModelError` for a program that no layers make: one that reads half an activation.
     """
+    if program.spec.input_ciphertexts > 1 or program.spec.output_ciphertexts > 1:
+        raise ModelError("its tensors lie over several ciphertexts: compile it again from its layers")
     maps: list[MapOp] = []
     # By value: the map that it is made from (-1: the input), and the polynomial of that map's result.
     made: list[tuple[int, FloatArray]] = [(-1, np.zeros((2, 0)))]

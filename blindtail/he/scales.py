@@ -42,14 +42,18 @@ class LogitsTooLarge(ModelError):
 class Draft:
     """A program whose scales are still to be chosen.
 
-    ops    at their levels, their scales without meaning
-    stats  of each
-    ties   index of an operation that multiplies with plaintexts -> value whose scale it takes
+    ops      at their levels, their scales without meaning
+    stats    of each
+    ties     index of an operation that multiplies with plaintexts -> value whose scale it takes
+    inputs   ciphertexts that the activation lies over
+    results  last operations that give the logits' ciphertexts; they have one scale
     """
 
     ops: tuple[Op, ...]
     stats: tuple[Stats, ...]
     ties: Mapping[int, int]
+    inputs: int = 1
+    results: int = 1
 
     @property
     def free(self) -> list[int]:
@@ -59,9 +63,9 @@ class Draft:
     def scales(self, chosen: Sequence[float], parameters: Parameters) -> list[float]:
         """Of every value: the input's and the free ones' as `chosen`, in their order; the rest follows."""
         left = iter(chosen)
-        values = [next(left)]
+        values = [next(left)] * self.inputs
         for i, op in enumerate(self.ops):
-            read = [values[i + 1 - back] for back in op.backs]
+            read = [values[len(values) - back] for back in op.backs]
             if isinstance(op, Linear):
                 values.append(values[self.ties[i]] if i in self.ties else next(left))
             elif isinstance(op, SquareOp | ProductOp):
@@ -78,18 +82,18 @@ def choose_scales(
 
     First and last are those of `like`, where it is given. hoisted: as for `propagate`
     """
-    ops, last = draft.ops, draft.stats[-1]
-    final = parameters.primes[0] / max(HEADROOM * last.max_out, LEAST_ROOM)
+    ops, max_out = draft.ops, max(s.max_out for s in draft.stats[-draft.results :])
+    final = parameters.primes[0] / max(HEADROOM * max_out, LEAST_ROOM)
     free = draft.free
     scales = [*_start(draft, parameters, final), final]
     if like is not None:
         largest = parameters.primes[0] / (LIKE_HEADROOM * like.reply.scale)
-        if last.max_out > largest:
+        if max_out > largest:
             raise LogitsTooLarge(
-                f"{ops[-1].name}: logits reach {last.max_out:.3g} on calibration data, but devices "
+                f"{ops[-1].name}: logits reach {max_out:.3g} on calibration data, but devices "
                 f"read up to {largest:.3g}: train with a range penalty, shrink the last layer, or hand out "
                 "a new edge.bt",
-                largest / last.max_out,
+                largest / max_out,
             )
         scales[0], scales[-1] = like.input_scale, min(final, like.reply.scale)
     for _ in range(3):
@@ -127,7 +131,7 @@ def _typical(draft: Draft, chosen: Sequence[float], parameters: Parameters, hois
     """The noise that scales end with; infinite where squares drive it out of range."""
     try:
         scales = draft.scales(chosen, parameters)
-        return propagate(draft.ops, draft.stats, scales, parameters, hoisted).typical
+        return propagate(draft.ops, draft.stats, scales, parameters, hoisted, draft.results).typical
     except OverflowError:
         return math.inf
 
@@ -135,14 +139,12 @@ def _typical(draft: Draft, chosen: Sequence[float], parameters: Parameters, hois
 def _fits(draft: Draft, chosen: Sequence[float], parameters: Parameters) -> bool:
     """|value| * scale < q / 4 before and after every rescale, and plaintexts worth encoding."""
     scales = draft.scales(chosen, parameters)
-    for index, (op, s) in enumerate(zip(draft.ops, draft.stats, strict=True)):
-        read, target = [scales[index + 1 - back] for back in op.backs], scales[index + 1]
+    for own, (op, s) in enumerate(zip(draft.ops, draft.stats, strict=True), start=draft.inputs):
+        read, target = [scales[own - back] for back in op.backs], scales[own]
         after = math.prod(parameters.primes[: op.out_level + 1])
         if isinstance(op, Linear):
             q = parameters.primes[op.level]
             if not all(2.0**12 <= target * q / scale <= 2.0**50 for scale in read):
-                return False
-            if s.max_out * target * HEADROOM > after * (1 + 1e-9):
                 return False
         elif isinstance(op, SquareOp | ProductOp):
             if s.max_out * read[0] * read[-1] * HEADROOM > after * parameters.primes[op.level]:
@@ -169,23 +171,31 @@ def with_scales(
         made = _exact(draft, moved, parameters, exact_end)
         if made is not None:
             return made
-    raise ModelError("no scale of the last map leads to the one that devices expect: hand out a new edge.bt")
+    if exact_end:
+        raise ModelError(
+            "no scale of the last map leads to the one that devices expect: hand out a new edge.bt"
+        )
+    names = ", ".join(op.name for op in draft.ops if len(op.backs) > 1)
+    raise ModelError(
+        f"no scales bring what {names} adds up to one scale to the last bit: "
+        "change the width of a layer or the ring degree"
+    )
 
 
 def _exact(
     draft: Draft, chosen: Sequence[float], parameters: Parameters, exact_end: bool
 ) -> tuple[Op, ...] | None:
     left = iter(chosen)
-    values, made = [next(left)], list[Op]()
+    values, made = [next(left)] * draft.inputs, list[Op]()
     for i, op in enumerate(draft.ops):
-        read = tuple(values[i + 1 - back] for back in op.backs)
+        read = tuple(values[len(values) - back] for back in op.backs)
         q = parameters.primes[op.level]
         if isinstance(op, Linear):
             if i in draft.ties:
                 target = values[draft.ties[i]]
             else:
                 target = next(left)
-                if not (exact_end and i + 1 == len(draft.ops)):
+                if not (exact_end and i + draft.results >= len(draft.ops)):
                     target = _landing(read, target, q)
             if any(leading_scale(scale, target, q) is None for scale in read):
                 return None

@@ -13,34 +13,33 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import NamedTuple
-
-import numpy as np
 
 from blindtail.errors import ModelError
 from blindtail.he import cost, grids, slotmaps
 from blindtail.he.assemble import activation_ops
 from blindtail.he.container import HEADER_BYTES, SEED_BYTES
-from blindtail.he.cost import Counts
 from blindtail.he.elementwise import ScaleOp
 from blindtail.he.normal import Normal
-from blindtail.he.operations import Groups, in_slots
+from blindtail.he.operations import Groups
 from blindtail.he.packing import packed_bytes
 from blindtail.he.params import Parameters
+from blindtail.he.rotation_splits import (
+    BACKEND,
+    CLOSE,
+    WORD_BYTES,
+    Part,
+    Spent,
+    Weights,
+    folds,
+    frontier,
+    splits,
+)
 from blindtail.he.spec import KeyNeed, Layout
 
-#: The backend whose time decides: by the reference's constants, never by what was measured on this machine
-#: (`blindtail.he.calibration`), so that a model compiles to the same program everywhere.
-BACKEND = "native"
 #: A budget of keys where none is given: so many bytes at N = 8192, growing with N^2 as one key does.
 DEFAULT_KEY_BYTES = 30_000_000
-#: Of two choices this close in time, the one with fewer bytes of keys.
-CLOSE = 1.02
-#: Bytes of a plaintext's or key's word, for primes below 2^30.
-WORD_BYTES = 4
-#: Doubling steps that one fold group may replace, and how many states each map hands on.
-_GROUP_BITS, _BEAM = 4, 48
+#: How many states each map hands on.
+_BEAM = 48
 
 
 class KeysTooLarge(ModelError):
@@ -54,47 +53,6 @@ class Step:
     arrangement: slotmaps.Arrangement
     baby: int  # positions
     folds: Groups
-
-
-class Spent(NamedTuple):
-    """What adds up from map to map: predicted seconds, those with a ticket, and bytes of plaintexts."""
-
-    total_s: float
-    online_s: float
-    plain_bytes: int
-
-    def plus(self, other: Spent) -> Spent:
-        return Spent(
-            self.total_s + other.total_s,
-            self.online_s + other.online_s,
-            self.plain_bytes + other.plain_bytes,
-        )
-
-
-class Weights(NamedTuple):
-    """Of the three numbers in `Spent`: their weighted sum is what a search minimises, beside keys."""
-
-    total_s: float = 1.0
-    online_s: float = 0.0
-    plain_bytes: float = 0.0
-
-    def price(self, spent: Spent) -> float:
-        return (
-            self.total_s * spent.total_s
-            + self.online_s * spent.online_s
-            + (self.plain_bytes * spent.plain_bytes)
-        )
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Baby and giant steps, or the folds, of one map: costs, and level by turn (in slots)."""
-
-    spent: Spent
-    price: float
-    needs: tuple[tuple[int, int], ...]
-    baby: int = 0
-    folds: Groups = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,11 +179,11 @@ def search(
         if made:  # all with the same layouts
             states.setdefault(_live(tail, made[0]), []).extend(made)
     for index in range(1, len(tail.maps)):
-        activated = _activated(tail, index - 1, levels[index - 1] - 1, n)
+        between = activated(tail, index - 1, levels[index - 1] - 1, n)
         following: dict[tuple[Layout, ...], list[State]] = {}
         for before in states.values():
             handed: Sequence[State] = before if exhaustive else _fewer(before, pruned)
-            waiting = [_after(s, activated, weights) for s in (_thinned(handed) if pruned else handed)]
+            waiting = [_after(s, between, weights) for s in (_thinned(handed) if pruned else handed)]
             layouts = tuple(_layout(waiting[0], value) for value, _ in tail.sources(index))
             main = layouts[0]
             for arrangement in ways.later(index, layouts, last_period):
@@ -260,7 +218,7 @@ def relinearisation(tail: Normal, top: int) -> int:
     return max(found, default=0)
 
 
-def _activated(tail: Normal, index: int, level: int, n: int) -> Spent:
+def activated(tail: Normal, index: int, level: int, n: int) -> Spent:
     """An activation; a plain square behind the first map is cheaper with a ticket."""
     if tail.activations[index].coefficients is None:
         return _squared(level, n, index == 0 and tail.is_chain)
@@ -292,16 +250,16 @@ class _Parts:
     weights: Weights
     first: bool  # of the tail: a ticket covers it
 
-    def splits(self) -> Sequence[_Part]:
+    def splits(self) -> Sequence[Part]:
         made = self.arrangement
         main = made.used or tuple(range(0, made.offsets, made.stride))
         counted = tuple(tuple(k // made.stride for k in offsets) for offsets in (main, *made.more))
-        return _splits(counted, made.stride * self.lanes, self.level, self.n, self.weights, self.first)
+        return splits(counted, made.stride * self.lanes, self.level, self.n, self.weights, self.first)
 
-    def folds(self) -> Sequence[_Part]:
+    def folds(self) -> Sequence[Part]:
         made = self.arrangement
         turns = made.fold_step, made.fold_bits, made.complex_input
-        return _folds(*turns, self.lanes, self.level, self.n, self.weights, self.first)
+        return folds(*turns, self.lanes, self.level, self.n, self.weights, self.first)
 
 
 def _extend(
@@ -313,14 +271,14 @@ def _extend(
     pruned: bool,
 ) -> list[State]:
     """Every state with every split of one more map's rotations; only with `allowed` keys, if given."""
-    splits, folds = parts.splits(), parts.folds()
+    divided, folded = parts.splits(), parts.folds()
     if pruned:
-        splits, folds = _frontier(splits, sizes), _frontier(folds, sizes)
+        divided, folded = frontier(divided, sizes), frontier(folded, sizes)
     elif allowed is not None:
-        splits = [part for part in splits if _within(part, parameters, allowed)]
-        folds = [part for part in folds if _within(part, parameters, allowed)]
+        divided = [part for part in divided if _within(part, parameters, allowed)]
+        folded = [part for part in folded if _within(part, parameters, allowed)]
     found = []
-    for state, split, group in itertools.product(states, splits, folds):
+    for state, split, group in itertools.product(states, divided, folded):
         needs, size = dict(state.needs), state.key_bytes
         for turn, at in (*split.needs, *group.needs):
             held = needs.get(turn)
@@ -334,87 +292,8 @@ def _extend(
     return found
 
 
-def _within(part: _Part, parameters: Parameters, allowed: Mapping[int, int]) -> bool:
+def _within(part: Part, parameters: Parameters, allowed: Mapping[int, int]) -> bool:
     return all(allowed.get(parameters.turn_element(turn), -1) >= level for turn, level in part.needs)
-
-
-@lru_cache(maxsize=256)
-def _splits(
-    operands: tuple[tuple[int, ...], ...], unit: int, level: int, n: int, weights: Weights, first: bool
-) -> tuple[_Part, ...]:
-    """Baby steps for each number of giant steps, and powers of two, which share keys with folds.
-
-    operands  offsets that are used, rising, in `unit` slots, of each
-    """
-    most = max(offsets[-1] for offsets in operands)
-    count = most + 1
-    wanted = {-(-count // giants) for giants in range(1, count + 1)}
-    wanted |= {1 << bit for bit in range(count.bit_length())}
-    every, found = [np.asarray(offsets) for offsets in operands], []
-    for baby in sorted(wanted):
-        giants = most // baby
-        turns = [np.unique(offsets % baby) for offsets in every]
-        turned = sum(int(np.count_nonzero(found)) for found in turns)
-        spent = _spent(level, n, (turned, giants, sum(map(len, operands)), ()), first)
-        # Further operands have digits of their own.
-        digits = Counts(0, 0, (len(operands) - 1) * (level + 1) * (level + 2), 0, 0)
-        apart = cost.seconds(BACKEND, n, [digits], request=False)
-        spent = spent.plus(Spent(apart, apart, 0))
-        steps = [int(b) for b in np.unique(np.concatenate(turns)) if b]
-        needs = tuple((r * unit, level) for r in (*steps, *([baby] if giants else [])))
-        found.append(_Part(spent, weights.price(spent), needs, baby=baby))
-    return tuple(found)
-
-
-@lru_cache(maxsize=256)
-def _folds(
-    step: int, bits: int, conjugate: bool, lanes: int, level: int, n: int, weights: Weights, first: bool
-) -> tuple[_Part, ...]:
-    """Each way to share doubling steps among groups, widest first and widest last.
-
-    The conjugate is one step more, in the first or the last group.
-    """
-    without = _spent(level, n, (0, 0, 0, ()), first)
-    found = []
-    for shares in _partitions(bits + conjugate, _GROUP_BITS):
-        turns = tuple((1 << b) - 1 for b in shares)
-        with_them = _spent(level, n, (0, 0, 0, turns), first)
-        spent = Spent(with_them.total_s - without.total_s, with_them.online_s - without.online_s, 0)
-        places = sorted({0, len(shares) - 1}) if conjugate else [None]
-        for order, place in itertools.product(sorted({shares, shares[::-1]}), places):
-            groups = slotmaps.fold_groups(step, order, place)
-            needs = tuple((in_slots(f, lanes), level - 1) for group in groups for f in group)
-            found.append(_Part(spent, weights.price(spent), needs, folds=groups))
-    return tuple(found)
-
-
-def _spent(level: int, n: int, turns: tuple[int, int, int, tuple[int, ...]], first: bool) -> Spent:
-    """Of baby steps, giant steps, products and fold groups at one level."""
-    whole = cost.seconds(BACKEND, n, [cost.affine(level, *turns, BACKEND)], request=False)
-    online = whole
-    if first:
-        online = cost.seconds(BACKEND, n, [cost.affine_online(level, *turns)], False, cost.BARE)
-    return Spent(whole, online, (turns[2] * (level + 2) + level) * n * WORD_BYTES)
-
-
-def _partitions(total: int, largest: int) -> list[tuple[int, ...]]:
-    if not total:
-        return [()]
-    return [
-        (first, *rest)
-        for first in range(min(total, largest), 0, -1)
-        for rest in _partitions(total - first, first)
-    ]
-
-
-def _frontier(parts: Sequence[_Part], sizes: Sequence[int]) -> list[_Part]:
-    """Parts that no smaller one matches in price."""
-    fastest, found = math.inf, []
-    for part in sorted(parts, key=lambda p: (sum(sizes[at] for _, at in p.needs), p.price)):
-        if part.price < fastest * CLOSE:
-            found.append(part)
-            fastest = min(fastest, part.price)
-    return found
 
 
 def _fewer(states: Sequence[State], bounded: bool) -> list[State]:
@@ -442,13 +321,16 @@ def _thinned(states: Sequence[State]) -> Sequence[State]:
 
 
 __all__ = [
+    "BACKEND",
     "CLOSE",
     "DEFAULT_KEY_BYTES",
+    "WORD_BYTES",
     "KeysTooLarge",
     "Spent",
     "State",
     "Step",
     "Weights",
+    "activated",
     "cheapest",
     "choose",
     "default_budget",

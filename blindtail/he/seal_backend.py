@@ -19,6 +19,7 @@ from blindtail.he import container, sealio
 from blindtail.he.backends import Evaluator, Keys, Ticket, no_ticket, write_atomically
 from blindtail.he.container import Seeded
 from blindtail.he.program import RELINEARISE, Linear, Program, SumOp
+from blindtail.he.sealio import U64
 from blindtail.he.spec import SlotArray
 
 _PREPARED = struct.Struct("<8s32sQQ")
@@ -119,21 +120,27 @@ class SealEvaluator(Evaluator):
     def evaluate(self, keys: Keys, container_bytes: bytes, ticket: Ticket | None = None) -> bytes:
         no_ticket(self, ticket)
         spec, api = self.spec, sealio.api()
-        fresh = container.read_ciphertext(spec, container_bytes)
-        stream = sealio.ciphertext_stream(
-            self._seal.parms_ids[spec.input_level], spec.input_scale, True, fresh.c0, seed=fresh.seed
-        )
+        level, scale = self._seal.parms_ids[spec.input_level], spec.input_scale
+        streams = [
+            sealio.ciphertext_stream(level, scale, True, fresh.c0, seed=fresh.seed)
+            for fresh in container.read_ciphertexts(spec, container_bytes)
+        ]
         try:
-            ct = sealio.load_into(api.Ciphertext(), self._seal.context, stream)
+            inputs = [sealio.load_into(api.Ciphertext(), self._seal.context, stream) for stream in streams]
             relin, galois = cast("tuple[Any, Any]", keys.material)
-            ct = self.program.run(_SealOperations(self, relin, galois), ct)
-            self._evaluator.transform_from_ntt_inplace(ct)
-            done, _ = sealio.parse_ciphertext(sealio.saved_members(ct))
+            results = self.program.run(_SealOperations(self, relin, galois), inputs)
+            halves = [self._halves(ct) for ct in results]
         except Exception as error:
             # SEAL's messages name its internals; the log has the chain, the peer does not.
             raise EvaluationFailed("the evaluator could not run this request; register again") from error
+        return container.write_reply(spec, halves)
+
+    def _halves(self, ct: Any) -> tuple[U64, U64]:
+        """c0 and c1 of a result, coefficient form, (N,) each."""
+        self._evaluator.transform_from_ntt_inplace(ct)
+        done, _ = sealio.parse_ciphertext(sealio.saved_members(ct))
         assert done.c1 is not None
-        return container.write_reply(spec, done.c0[0], done.c1[0])
+        return done.c0[0].copy(), done.c1[0].copy()
 
 
 class _SealOperations:

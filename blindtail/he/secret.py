@@ -28,8 +28,6 @@ from blindtail.he.spec import KeyNeed, TailSpec
 
 _FILE = struct.Struct("<8s32s32sQ")
 _MAGIC = b"BLTSKEY1"
-#: |value| * scale must stay below q / _HEADROOM when encrypting.
-_HEADROOM = 4.0
 
 
 class SecretKey:
@@ -174,14 +172,16 @@ class Encryptor:
         self._spec = spec
         self._seal = sealio.SealContext.of(spec.parameters)
         self._encryptor = sealio.api().Encryptor(self._seal.context, secret._key)
-        modulus = 1.0
-        for q in spec.parameters.primes[: spec.input_level + 1]:
-            modulus *= q
-        self._limit = modulus / (_HEADROOM * spec.input_scale)
+        self._limit = spec.largest_input
         self._primes = np.array(spec.parameters.primes[: spec.input_level + 1], np.uint64)[:, None]
 
     def ticket(self) -> Ticket:
-        """A ticket for one later `encrypt` by this very object: (input level + 1) * N * 8 bytes."""
+        """A ticket for one later `encrypt` by this very object: (input level + 1) * N * 8 bytes.
+
+        Raises `StateError` where an activation lies over several ciphertexts: a ticket covers one.
+        """
+        if self._spec.input_ciphertexts > 1:
+            raise StateError("an activation of several ciphertexts has no tickets: encrypt it without one")
         parms_id = self._seal.parms_ids[self._spec.input_level]
         saved = _seeded(self._encryptor.encrypt_zero_symmetric(parms_id))
         return Ticket(saved.seed, saved.c0.copy(), self)
@@ -197,24 +197,27 @@ class Encryptor:
         """
         plain = self._encoded(activation)
         if ticket is None:
-            return container.write_ciphertext(self._spec, _seeded(self._encryptor.encrypt_symmetric(plain)))
-        message = sealio.parse_plaintext(sealio.saved_members(plain), len(self._primes))
+            made = [_seeded(self._encryptor.encrypt_symmetric(one)) for one in plain]
+            return container.write_ciphertexts(self._spec, made)
+        message = sealio.parse_plaintext(sealio.saved_members(plain[0]), len(self._primes))
         c0 = ticket._cover(self, message, self._primes)
-        return container.write_ciphertext(self._spec, Seeded(c0, ticket.seed))
+        return container.write_ciphertexts(self._spec, [Seeded(c0, ticket.seed)])
 
-    def _encoded(self, activation: FloatArray) -> Any:
+    def _encoded(self, activation: FloatArray) -> list[Any]:
+        """One plaintext for each ciphertext."""
         spec = self._spec
         values = np.asarray(activation, np.float64)
         if not np.isfinite(values).all() or float(np.abs(values).max(initial=0.0)) > self._limit:
             raise InputError(
                 "the activation at the cut is not finite or too large to encrypt; check the image"
             )
-        slots = spec.input_layout.place(values)
-        plain = sealio.api().Plaintext()
-        self._seal.encoder.encode(
-            slots.tolist(), self._seal.parms_ids[spec.input_level], spec.input_scale, plain
-        )
-        return plain
+        found = []
+        for slots in spec.input_layout.place(values).reshape(spec.input_ciphertexts, -1):
+            plain = sealio.api().Plaintext()
+            parms_id = self._seal.parms_ids[spec.input_level]
+            self._seal.encoder.encode(slots.tolist(), parms_id, spec.input_scale, plain)
+            found.append(plain)
+        return found
 
 
 def _seeded(made: Any) -> Seeded:
@@ -241,8 +244,14 @@ class Decryptor:
         hold garbage that averages to exactly nothing over each slot's copies.
         Raises `ContainerError` when the reply is not what the program sends.
         """
+        spec = self._spec
+        read = container.read_reply(spec, container_bytes)
+        out = spec.output_layout.read(np.concatenate([self._slots(c0, c1) for c0, c1 in read]))
+        return out[0] if spec.lanes == 1 else out
+
+    def _slots(self, c0: U64, c1: U64) -> FloatArray:
+        """Of one ciphertext, (N / 2,), copies averaged."""
         spec, api = self._spec, sealio.api()
-        c0, c1 = container.read_reply(spec, container_bytes)
         stream = sealio.ciphertext_stream(
             self._seal.parms_ids[0], spec.reply.scale, False, c0[None, :], c1[None, :]
         )
@@ -252,9 +261,8 @@ class Decryptor:
         self._decryptor.decrypt(ct, plain)
         slots = np.asarray(self._seal.encoder.decode_double(plain))
         period = spec.reply.period
-        averaged = slots.reshape(-1, period).mean(axis=0)
-        out = spec.output_layout.read(np.tile(averaged, len(slots) // period))
-        return out[0] if spec.lanes == 1 else out
+        averaged: FloatArray = slots.reshape(-1, period).mean(axis=0)
+        return np.tile(averaged, len(slots) // period)
 
 
 __all__ = ["Decryptor", "Encryptor", "SecretKey", "Ticket"]

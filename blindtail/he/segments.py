@@ -23,15 +23,17 @@ from functools import cache
 import numpy as np
 
 from blindtail.errors import ModelError
-from blindtail.he import plan
+from blindtail.he import cost, plan, tiling
 from blindtail.he.compiler import compile_tail
 from blindtail.he.layers import Affine, FloatArray, Layer, Quadratic
 from blindtail.he.normal import normalised
-from blindtail.he.objective import NoPlan, Objective
+from blindtail.he.objective import Costs, NoPlan, Objective
 from blindtail.he.params import MAX_LOG2_Q_128, Parameters
 from blindtail.he.program import Program, finish, key_needs
-from blindtail.he.schedule import KeysTooLarge, default_budget
-from blindtail.he.spec import MOST_SEGMENTS, KeyNeed, Segment, check_chain
+from blindtail.he.schedule import BACKEND, KeysTooLarge, default_budget
+from blindtail.he.slotmaps import TooWide
+from blindtail.he.sparse import entries
+from blindtail.he.spec import MOST_CIPHERTEXTS, MOST_SEGMENTS, KeyNeed, Segment, check_chain
 
 #: Parts of the whole budget of keys that each segment is given, until all of them together keep it.
 _SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)
@@ -101,7 +103,7 @@ def _compiled(piece: Run, ring_degree: int, budget: int) -> Program:
     try:
         try:
             return compile_tail(piece.layers, piece.values, ring_degree=ring_degree, key_budget_bytes=budget)
-        except KeysTooLarge:
+        except (KeysTooLarge, NoPlan):
             fewest = Objective({"key_bytes": 1.0})
             return compile_tail(piece.layers, piece.values, ring_degree=ring_degree, objective=fewest)
     except ModelError as error:
@@ -206,9 +208,36 @@ def _divided(runs: Sequence[Sequence[Layer]], n: int) -> Division:
 def _seconds(layers: Sequence[Layer], n: int) -> float:
     fastest = Objective({"total_s": 1.0}, {"key_bytes": default_budget(Parameters.create(1, n))})
     try:
-        return plan.best(layers, fastest, ring_degree=n).costs.total_s
+        return _best(layers, fastest, n).total_s
     except NoPlan:
-        return plan.best(layers, Objective({"key_bytes": 1.0}), ring_degree=n).costs.total_s
+        return _best(layers, Objective({"key_bytes": 1.0}), n).total_s
+
+
+def _best(layers: Sequence[Layer], objective: Objective, n: int) -> Costs:
+    """In one ciphertext where values fit, else in several."""
+    try:
+        return plan.best(layers, objective, ring_degree=n).costs
+    except TooWide:
+        tail = normalised(layers)
+        if len(tail.maps) == 1:
+            return _lone(tail.maps[0], n)
+        return tiling.choose(tail, Parameters.create(tail.depth, n), objective).costs
+
+
+def _lone(step: Affine, n: int) -> Costs:
+    """At least, of a map over several ciphertexts: it cannot be cut, so that no more need be known.
+
+    Raises `ModelError` where not even the most there can be hold what it gives or, as complex slots, takes.
+    """
+    given, held = max(len(step.bias), -(-step.weight.shape[1] // 2)), MOST_CIPHERTEXTS * n // 2
+    if given > held:
+        raise ModelError(
+            f"{step.name}: {given:,} values, and {MOST_CIPHERTEXTS} ciphertexts hold {held:,}: "
+            "make the layer smaller"
+        )
+    products = -(-len(entries(step.weight)) // n)  # complex slots
+    seconds = cost.seconds(BACKEND, n, [cost.affine(1, 0, 0, products, (), BACKEND)])
+    return Costs(seconds, seconds, 0, 0, 0)
 
 
 def fewest(maps: int, price: Callable[[int, int], float], most: int) -> tuple[tuple[int, ...], float]:

@@ -17,11 +17,12 @@ from blindtail.errors import ModelError
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int32]
+IndexArray = NDArray[np.int64]
 
 #: A matrix of more elements than this (8 MB) with at most this share of them non-zero is kept sparse.
 LARGE, SHARE = 1 << 20, 0.25
-#: Elements of a block of rows that is made dense for a product.
-_BLOCK = 1 << 22
+#: Rows that are made dense together for a product.
+_BAND = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,33 +92,46 @@ class Sparse:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return self.dense() if dtype is None else self.dense().astype(dtype)
 
-    def blocks(self) -> Iterator[tuple[int, FloatArray]]:
-        """(first row, rows as a dense array), block after block."""
-        height = max(1, _BLOCK // max(1, self.shape[1]))
-        starts = self.starts
-        for top in range(0, self.shape[0], height):
-            bottom = min(top + height, self.shape[0])
-            held = slice(starts[top], starts[bottom])
-            block = np.zeros((bottom - top, self.shape[1]))
-            block[self.rows[held] - top, self.columns[held]] = self.values[held]
-            yield top, block
+    def bands(self) -> Iterator[tuple[IndexArray, IndexArray, FloatArray]]:
+        """(rows, columns that some of them reads, these rows and columns as a dense array); each row once.
+
+        Rows go together by the first column that they read: of a convolution, all channels of
+        neighbouring pixels, which read few columns.
+        """
+        starts, width = self.starts, self.shape[1]
+        first = np.append(self.columns, 0)[starts[:-1]]
+        order = np.argsort(first, kind="stable")
+        local, seen = np.zeros(width, np.int64), np.zeros(width, bool)
+        for top in range(0, self.shape[0], _BAND):
+            rows = order[top : top + _BAND]
+            many = starts[rows + 1] - starts[rows]
+            within = np.arange(int(many.sum())) - np.repeat(np.cumsum(many) - many, many)
+            held = np.repeat(starts[rows], many) + within
+            own = self.columns[held]
+            seen[:] = False
+            seen[own] = True
+            used = np.flatnonzero(seen)
+            local[used] = np.arange(len(used))
+            block = np.zeros((len(rows), len(used)))
+            block[np.repeat(np.arange(len(rows)), many), local[own]] = self.values[held]
+            yield rows, used, block
 
     def __matmul__(self, other: FloatArray) -> FloatArray:
         """(in,) or (in, n)."""
         if other.ndim == 1:
             summed = np.bincount(self.rows, self.values * other[self.columns], self.shape[0])
             return np.asarray(summed, np.float64)
-        return np.concatenate([block @ other for _, block in self.blocks()])
+        made, other = np.zeros((self.shape[0], other.shape[1])), np.ascontiguousarray(other)
+        for rows, columns, block in self.bands():
+            made[rows] = block @ other[columns]
+        return made
 
     def __rmatmul__(self, other: FloatArray) -> FloatArray:
         """(out,) or (n, out) before the matrix."""
         if other.ndim == 1:
             summed = np.bincount(self.columns, self.values * other[self.rows], self.shape[1])
             return np.asarray(summed, np.float64)
-        made = np.zeros((len(other), self.shape[1]))
-        for top, block in self.blocks():
-            made += other[:, top : top + len(block)] @ block
-        return made
+        return (self.T @ other.T).T
 
     def __mul__(self, factor: float | FloatArray) -> Sparse:
         """By a number, or by one for each column (in,)."""
@@ -141,6 +155,11 @@ class Sparse:
 
 #: What an affine map's weight may be.
 Weight = FloatArray | Sparse
+
+
+def applied_to(weight: Weight, x: FloatArray) -> FloatArray:
+    """(n, in) -> (n, out): x @ weight.T, of a sparse matrix without making its transpose."""
+    return (weight @ x.T).T if isinstance(weight, Sparse) else x @ weight.T
 
 
 def compact(weight: Weight) -> Weight:
@@ -180,4 +199,15 @@ def unions(weight: Weight, sets: Sequence[IntArray]) -> list[IntArray]:
     return [np.flatnonzero((weight[rows] != 0).any(axis=0)).astype(np.int32) for rows in sets]
 
 
-__all__ = ["LARGE", "SHARE", "Sparse", "Weight", "compact", "entries", "has_zeros", "unions", "worthwhile"]
+__all__ = [
+    "LARGE",
+    "SHARE",
+    "Sparse",
+    "Weight",
+    "applied_to",
+    "compact",
+    "entries",
+    "has_zeros",
+    "unions",
+    "worthwhile",
+]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +31,13 @@ ZERO, GARBAGE = -1, -2
 
 #: Segments that one refreshed tail may have.
 MOST_SEGMENTS = 64
+#: Ciphertexts that one tensor may lie over.
+MOST_CIPHERTEXTS = 64
 
-_MAX_POSITIONS = max(MAX_LOG2_Q_128) // 2
+#: |value| * scale stays below the modulus over this when it is encrypted.
+_ROOM = 4.0
+
+_MAX_POSITIONS = MOST_CIPHERTEXTS * max(MAX_LOG2_Q_128) // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,9 @@ class Layout:
     index, ZERO or GARBAGE, the same in every lane. Slots are complex numbers:
     with `imaginary`, a slot holds the element named there times i on top, so
     that a ciphertext carries twice as many; nothing is GARBAGE then.
+
+    A tensor may lie over several ciphertexts: `content` has their positions one after the
+    other. `tiles` has the layout of each, which names elements of the whole tensor.
     """
 
     size: int  # number of elements
@@ -54,6 +63,9 @@ class Layout:
         c = np.asarray(self.content, dtype=np.int64)
         if self.lanes < 1 or self.lanes & (self.lanes - 1) or c.ndim != 1 or len(c) < 1:
             raise ModelError("a layout needs a power-of-two number of lanes and a flat content")
+        if not 0 < self.size <= 2 * MOST_CIPHERTEXTS * len(c):
+            # A tile names elements of a tensor that may lie over so many.
+            raise ModelError(f"a layout of {len(c)} positions cannot hold {self.size} elements")
         if c.min() < GARBAGE or c.max() >= self.size:
             raise ModelError(f"a layout of {self.size} elements names an element outside it")
         if self.imaginary is not None:
@@ -64,6 +76,24 @@ class Layout:
     @property
     def slots(self) -> int:
         return len(self.content) * self.lanes
+
+    def tiles(self, slots: int) -> tuple[Layout, ...]:
+        """The layout of each ciphertext of so many slots. Raises `ModelError` unless they add up."""
+        if slots == self.slots:
+            return (self,)
+        each, left = divmod(slots, self.lanes)
+        if left or not each or len(self.content) % each or len(self.content) > MOST_CIPHERTEXTS * each:
+            raise ModelError(f"a layout of {self.slots} slots fills no 1 to {MOST_CIPHERTEXTS} ciphertexts")
+        starts = range(0, len(self.content), each)
+        return tuple(
+            Layout(
+                self.size,
+                self.lanes,
+                self.content[at : at + each],
+                None if self.imaginary is None else self.imaginary[at : at + each],
+            )
+            for at in starts
+        )
 
     @property
     def index(self) -> IntArray:
@@ -201,6 +231,12 @@ class TailSpec:
         return self.program_id if self.segment is None else self.segment.lead or self.program_id
 
     @property
+    def largest_input(self) -> float:
+        """|value| that is encrypted stays below it: |value| * scale below a quarter of the modulus."""
+        modulus = math.prod(float(q) for q in self.parameters.primes[: self.input_level + 1])
+        return modulus / (_ROOM * self.input_scale)
+
+    @property
     def features(self) -> int:
         """Length of the (flattened) activation at the cut."""
         return self.input_layout.size
@@ -212,6 +248,16 @@ class TailSpec:
     @property
     def lanes(self) -> int:
         return self.input_layout.lanes
+
+    @property
+    def input_ciphertexts(self) -> int:
+        """That one activation is encrypted into."""
+        return self.input_layout.slots // self.parameters.slots
+
+    @property
+    def output_ciphertexts(self) -> int:
+        """That a reply holds."""
+        return self.output_layout.slots // self.parameters.slots
 
     @property
     def uplink_bytes(self) -> int:
@@ -289,8 +335,8 @@ class TailSpec:
     def _check(self) -> None:
         p = self.parameters
         fits = (
-            self.input_layout.slots == p.slots
-            and self.output_layout.slots == p.slots
+            _fill(self.input_layout, p.slots)
+            and _fill(self.output_layout, p.slots)
             and self.input_layout.lanes == self.output_layout.lanes
             and self.output_layout.imaginary is None
             and 0 <= self.input_level <= p.max_level
@@ -310,6 +356,10 @@ class TailSpec:
         )
         if not fits:
             raise ModelError("its fields contradict each other")
+
+
+def _fill(layout: Layout, slots: int) -> bool:
+    return layout.slots % slots == 0 and layout.slots <= MOST_CIPHERTEXTS * slots
 
 
 def _segment(listed: Any) -> Segment:

@@ -7,9 +7,10 @@
         print(cut.name, cut.verdict, cut.depth, cut.plan)
     head, tail = split(net, (3, 32, 32), after="features.8")
 
-A tail is everything after a cut. It runs encrypted if it is made of linear layers with squares
-between them (`blindtail.models.operations` says what counts as which), one after the other, and if
-the levels it consumes fit a ring at 128-bit security. All problems are found in one pass.
+A tail is everything after a cut. It runs encrypted if it is made of linear layers with polynomials
+between them (`blindtail.models.operations` says what counts as which), in a row or with connections
+around them, and if the levels it consumes fit a ring at 128-bit security. All problems are found in
+one pass.
 """
 
 from __future__ import annotations

@@ -224,7 +224,7 @@ def _product(
         reason = f"a power of {exponent} is no polynomial of degree 2 to {MOST_POWER}"
         return Ruling(Effect.REFUSED, kind, reason, USE_SQUARE, Rewrite(Square))
     if name in ("mul", "matmul", "bmm", "mm", "einsum", "addcmul", "linear", "conv2d", "tensordot", "inner"):
-        reason = "multiplies two different activations; this release evaluates squares alone"
+        reason = "multiplies two different activations; what runs encrypted is polynomials of one"
         if name != "mul":
             return Ruling(Effect.REFUSED, kind, reason, AT_THE_EDGE)
         return Ruling(

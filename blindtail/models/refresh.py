@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from blindtail.errors import ModelError
 from blindtail.he.frontend import fold_tail
-from blindtail.he.layers import Layer
+from blindtail.he.layers import Affine, Layer
+from blindtail.he.probes import Image, fold_local
 from blindtail.he.program import Program
 from blindtail.he.segments import Run, compile_runs
 from blindtail.interludes import check_weight_free
@@ -30,7 +31,7 @@ from blindtail.models.network import Network
 from blindtail.models.plans import MOST_NAMED_VALUES, PREDICT_FOR
 from blindtail.models.reading import read
 from blindtail.models.refresh_modules import Squared, interlude_module, segment_module
-from blindtail.models.rounds import place, width
+from blindtail.models.rounds import Rounds, place, shape, width
 from blindtail.models.tracing import Untraceable, unwrapped
 
 Floats = NDArray[np.float64]
@@ -107,7 +108,7 @@ class RefreshCosts:
         lead = programs[0].spec
         rows = tuple(
             SegmentCosts(
-                p.ops[0].name,
+                p.ops[0].name.removesuffix(".tile0"),
                 p.spec.features,
                 p.spec.outputs,
                 p.spec.input_level,
@@ -167,10 +168,9 @@ def refresh_tail(
     """
     steps = split_tail(tail, input_shape, refresh.at)
     values = _values(steps, calibration)
-    _compare(tail, input_shape, steps, values)
-    runs = [Run(step.layers, values[f"x{k}"], step.layers[0].name) for k, step in enumerate(steps)]
+    _compare(tail, input_shape, values)
     options = {"ring_degree": refresh.ring_degree, "key_budget_bytes": refresh.key_budget_bytes}
-    programs, division = compile_runs(runs, **options)
+    programs, division = compile_runs(_runs(steps, values), **options)
     return RefreshedProgram(programs, _interludes(steps, division.pieces, programs))
 
 
@@ -182,19 +182,24 @@ def refresh_costs(
     most_values: float = MOST_NAMED_VALUES,
 ) -> RefreshCosts:
     """What `refresh_tail` would come to, without graphs and checks. Raises `ModelError`."""
-    steps = split_tail(tail, input_shape, refresh.at, most_values)
-    values = _values(steps, calibration)
-    runs = [Run(step.layers, values[f"x{k}"], step.layers[0].name) for k, step in enumerate(steps)]
+    runs = runs_of(tail, input_shape, calibration, refresh, most_values)
     options = {"ring_degree": refresh.ring_degree, "key_budget_bytes": refresh.key_budget_bytes}
     return RefreshCosts.of(compile_runs(runs, **options)[0])
 
 
 def runs_of(
-    tail: nn.Module, input_shape: tuple[int, ...], calibration: Floats, refresh: Refresh
+    tail: nn.Module,
+    input_shape: tuple[int, ...],
+    calibration: Floats,
+    refresh: Refresh,
+    most_values: float = MOST_NAMED_VALUES,
 ) -> list[Run]:
     """What lies between interludes, with what goes into it for these activations (n, features)."""
-    steps = split_tail(tail, input_shape, refresh.at)
-    values = _values(steps, calibration)
+    steps = split_tail(tail, input_shape, refresh.at, most_values)
+    return _runs(steps, _values(steps, calibration))
+
+
+def _runs(steps: Sequence[_Step], values: Mapping[str, Floats]) -> list[Run]:
     return [Run(step.layers, values[f"x{k}"], step.layers[0].name) for k, step in enumerate(steps)]
 
 
@@ -215,16 +220,41 @@ def split_tail(
     steps = []
     for k in range(rounds.segments):
         features = sum(map(width, rounds.inputs(k)))
+        module = segment_module(rounds, k)
+        after, taken = interlude_module(rounds, k)
+        local = _local(rounds, k, module)
+        if local is not None:
+            steps.append(_Step([local], module.double(), after, taken))
+            continue
         held = (features + 1) * max([*map(width, rounds.outputs(k)), features])
         if held > most_values:
             raise ModelError(
                 f"segment {k} ({features} values in): folding its layers would hold {8 * held / 1e9:.1f} GB: "
                 "cut later, or use fewer channels or smaller images"
             )
-        module = segment_module(rounds, k)
-        after, taken = interlude_module(rounds, k)
         steps.append(_Step(fold_tail(module, (features,)), module.double(), after, taken))
     return steps
+
+
+def _local(rounds: Rounds, k: int, module: fx.GraphModule) -> Affine | None:
+    """A segment between images that is one convolution, or several: folded without trying every pixel."""
+    given, made = _image(rounds.inputs(k)), _image(rounds.outputs(k))
+    if given is None or made is None:
+        return None
+    exact = copy.deepcopy(module).double().eval()
+    name = "+".join(str(node.target) for node in module.graph.nodes if node.op == "call_module")
+    try:
+        return fold_local(exact, given, made, name or f"segment {k}")
+    except RuntimeError:  # its forward makes tensors in single precision: one by one, then
+        return None
+
+
+def _image(nodes: Sequence[fx.Node]) -> Image | None:
+    """Of images of one height and width, channel after channel: all of them together."""
+    shapes = [shape(node) for node in nodes]
+    if any(len(one) != 3 or one[1:] != shapes[0][1:] for one in shapes):
+        return None
+    return sum(one[0] for one in shapes), shapes[0][1], shapes[0][2]
 
 
 def _read(tail: nn.Module, input_shape: tuple[int, ...]) -> Network:
@@ -239,10 +269,20 @@ def _read(tail: nn.Module, input_shape: tuple[int, ...]) -> Network:
     generator = torch.Generator().manual_seed(0)
     two, three = ([torch.randn(b, *input_shape, generator=generator)] for b in (2, 3))
     try:
-        return read(root, two, three)
+        network = read(root, two, three)
     except Untraceable as error:
-        inside = f"tail layer {error.module}" if error.module else "the tail's own forward"
+        inside = _forward_of(error.module)
         raise ModelError(f"{inside} cannot be traced ({error.line}: {error.reason})") from error
+    for branch in network.traced.decisions:
+        raise ModelError(
+            f"{_forward_of(branch.module)} at {branch.line} depends on its input's values: keep that at the "
+            "edge, or write it as a plain chain of layers, for instance nn.Sequential"
+        )
+    return network
+
+
+def _forward_of(module: str) -> str:
+    return f"tail layer {module}" if module else "the tail's own forward"
 
 
 # -- values, checks and graphs ------------------------------------------------------------
@@ -266,9 +306,7 @@ def _values(steps: Sequence[_Step], calibration: Floats, batch: int = 64) -> Map
 
 
 @torch.no_grad()
-def _compare(
-    tail: nn.Module, input_shape: tuple[int, ...], steps: Sequence[_Step], values: Mapping[str, Floats]
-) -> None:
+def _compare(tail: nn.Module, input_shape: tuple[int, ...], values: Mapping[str, Floats]) -> None:
     """Raises `ModelError` unless the chain gives what the tail gives, image by image."""
     exact = copy.deepcopy(unwrapped(tail)).float().eval()
     for row in range(min(_COMPARED, len(values["x0"]))):

@@ -90,7 +90,7 @@ class _Builder:
         return module.eval()
 
 
-def segment_module(rounds: Rounds, k: int) -> nn.Module:
+def segment_module(rounds: Rounds, k: int) -> fx.GraphModule:
     """(B, inputs) -> (B, outputs) of segment k, weights of its own."""
     builder = _Builder(rounds)
     builder.offer("x", rounds.inputs(k))

@@ -1,8 +1,9 @@
 // Keys and activations of peers, through small tails of every word size and instruction set: what is accepted
 // is what the format says, all of them answer alike, and with a ticket as without.
 //
-// Input: byte 0 chooses what the body is (see below); if its bit 7 is set the body is cut or filled with
-// zeros to the length that is wanted. Byte 1: a key's level, byte 2: its Galois element, byte 3: the tail
+// Input: byte 0 chooses what the body is (see below); if its bit 2 is set an activation is two ciphertexts,
+// for a tail that reads two and makes two; if its bit 7 is set the body is cut or filled with zeros to the
+// length that is wanted. Byte 1: a key's level, byte 2: its Galois element, byte 3: the tail
 // that is compared with the first. The body follows. Shapes come from a program in real life, so here they
 // are always valid.
 #include <algorithm>
@@ -101,16 +102,35 @@ void make_program(Tail& tail) {
   tail.finish(kReply.period, kReply.dropped);
 }
 
-/// A tail with keys of its own.
+/// Of two inputs: a group of two maps of both, a product, a group of two maps that are the outputs.
+void make_wide_program(Tail& tail) {
+  Noise noise;
+  std::vector<double> slots(3 * kN / 2), bias(kN / 2);
+  for (double& x : slots) x = static_cast<double>(noise() % 2001) / 1000 - 1;
+  for (double& x : bias) x = static_cast<double>(noise() % 2001) / 1000 - 1;
+  const std::span<const double> two(slots.data(), 2 * kN / 2);
+  using Giants = std::vector<std::vector<std::pair<std::size_t, std::size_t>>>;
+  const Giants all{{{0, 0}, {1, 1}, {2, 2}}}, steps{{{0, 0}}, {{1, 1}}};
+  tail.add_map({3, {1, 3, 3}, all, 1, {{5}}, slots, 1000, bias, 500, {}, {0, 0, 1}, {0, 1}});
+  tail.add_map({3, {3, 1}, steps, 9, {}, two, 1000, bias, 500, {}, {0, 1}, {0, 1}});
+  tail.add_product(2, {2, 3});
+  tail.add_map({1, {1, 25}, steps, 25, {{63}, {63}}, two, 1000, bias, 500, {}, {}, {4}});
+  tail.add_map({1, {25}, {{{0, 0}, {0, 1}}}, 1, {{63}}, two, 1000, bias, 500, {}, {}, {4}});
+  tail.finish(kReply.period, kReply.dropped, 2);
+}
+
+/// Tails with keys of their own, the second for two ciphertexts.
 struct Subject {
-  std::unique_ptr<Tail> tail;
+  std::unique_ptr<Tail> tail, wide;
   std::vector<Buffer<std::uint8_t>> memory;
   std::unique_ptr<Tail::LoadedKeys> keys;
-  std::unique_ptr<Tail::Ticket> ticket;  // of the seed `kNoSeed`
+  std::unique_ptr<Tail::Ticket> ticket, wide_ticket;  // of seeds of 0x5a
 
   Subject(const char* instructions, int word_bits)
-      : tail(make_tail(kLogN, kPrimes, instructions, word_bits)) {
+      : tail(make_tail(kLogN, kPrimes, instructions, word_bits)),
+        wide(make_tail(kLogN, kPrimes, instructions, word_bits, 2)) {
     make_program(*tail);
+    make_wide_program(*wide);
     Noise noise;
     for (const KeyShape& shape : kKeys) {
       std::vector<std::uint8_t> body;
@@ -121,8 +141,9 @@ struct Subject {
       memory.push_back(prepared(shape, body));
     }
     keys = loaded(memory);
-    const std::vector<std::uint8_t> seed(kSeedBytes, 0x5a);
-    ticket = tail->make_ticket(*keys, seed, 1);
+    const std::vector<std::uint8_t> seeds(2 * kSeedBytes, 0x5a);
+    ticket = tail->make_ticket(*keys, Bytes(seeds).first(kSeedBytes), 1);
+    wide_ticket = wide->make_ticket(*keys, seeds, 1);
   }
 
   Buffer<std::uint8_t> prepared(KeyShape shape, Bytes body) const {
@@ -211,37 +232,46 @@ void key(const std::uint8_t* head, Bytes body, bool fit) {
                 residue(block.bytes(), digit * size + kSeedBytes + row * kRow, i, kWidth));
 }
 
-void check_reply(const std::vector<std::uint8_t>& reply) {
+void check_reply(const std::vector<std::uint8_t>& reply, std::size_t outputs = 1) {
   std::vector<u32> c0(kN), c1(kN);
-  parse_reply<u32>(kReply, reply, nullptr, c0.data(), c1.data());
-  for (std::size_t i = 0; i < kN; ++i) require(c0[i] < kReply.q0 && c1[i] < kReply.q0);
+  require(reply.size() == outputs * kReply.bytes());
+  for (std::size_t k = 0; k < outputs; ++k) {
+    const Bytes part = Bytes(reply).subspan(k * kReply.bytes(), kReply.bytes());
+    parse_reply<u32>(kReply, part, nullptr, c0.data(), c1.data());
+    for (std::size_t i = 0; i < kN; ++i) require(c0[i] < kReply.q0 && c1[i] < kReply.q0);
+  }
 }
 
 const std::vector<u64> kInputPrimes(kPrimes.begin(), kPrimes.end() - 1);
 
+Tail& of(const Subject& one, bool wide) { return wide ? *one.wide : *one.tail; }
+
 /// An activation: the same reply from both.
-void activation(const std::uint8_t* head, Bytes body, bool fit) {
-  const Block block(body, fit, seeded_bytes(kInputPrimes, kN));
-  const bool good = canonical(block.bytes(), kInputPrimes, 1);
+void activation(const std::uint8_t* head, Bytes body, bool fit, bool wide) {
+  const std::size_t count = wide ? 2 : 1;
+  const Block block(body, fit, count * seeded_bytes(kInputPrimes, kN));
+  const bool good = canonical(block.bytes(), kInputPrimes, count);
   std::optional<std::vector<std::uint8_t>> first;
   for (const Subject* one : pair(head)) {
-    const auto reply = accepted([&] { return one->tail->evaluate(*one->keys, block.bytes(), 1); });
+    const auto reply = accepted([&] { return of(*one, wide).evaluate(*one->keys, block.bytes(), 1); });
     require(reply.has_value() == good);
     if (!good) continue;
-    if (!first) check_reply(*reply), first = reply;
+    if (!first) check_reply(*reply, count), first = reply;
     require(*reply == *first);
   }
 }
 
-/// An activation and a ticket, of its own seed or of another request.
-void with_ticket(const std::uint8_t* head, Bytes body, bool fit) {
-  const Block block(body, fit, seeded_bytes(kInputPrimes, kN));
-  const bool good = canonical(block.bytes(), kInputPrimes, 1);
+/// An activation and a ticket, of its own seeds or of another request.
+void with_ticket(const std::uint8_t* head, Bytes body, bool fit, bool wide) {
+  const std::size_t count = wide ? 2 : 1, size = seeded_bytes(kInputPrimes, kN);
+  const Block block(body, fit, count * size);
+  const bool good = canonical(block.bytes(), kInputPrimes, count);
   const Subject& one = subjects()[head[3] % subjects().size()];
+  Tail& tail = of(one, wide);
   bool of_another = false;
   const auto other = accepted([&]() -> std::vector<std::uint8_t> {
     try {
-      return one.tail->evaluate(*one.keys, block.bytes(), 1, *one.ticket);
+      return tail.evaluate(*one.keys, block.bytes(), 1, wide ? *one.wide_ticket : *one.ticket);
     } catch (const std::invalid_argument&) {
       of_another = true;
       return {};
@@ -249,11 +279,15 @@ void with_ticket(const std::uint8_t* head, Bytes body, bool fit) {
   });
   require(other.has_value() == good);
   if (!good) return;
-  const Bytes seed = block.bytes().first(kSeedBytes);
-  require(of_another != std::all_of(seed.begin(), seed.end(), [](std::uint8_t b) { return b == 0x5a; }));
-  const auto ticket = one.tail->make_ticket(*one.keys, seed, 1);
-  const auto plain = one.tail->evaluate(*one.keys, block.bytes(), 1);
-  require(plain == one.tail->evaluate(*one.keys, block.bytes(), 1, *ticket));
+  std::vector<std::uint8_t> seeds;
+  for (std::size_t i = 0; i < count; ++i) {
+    const Bytes seed = block.bytes().subspan(i * size, kSeedBytes);
+    seeds.insert(seeds.end(), seed.begin(), seed.end());
+  }
+  require(of_another != std::all_of(seeds.begin(), seeds.end(), [](std::uint8_t b) { return b == 0x5a; }));
+  const auto ticket = tail.make_ticket(*one.keys, seeds, 1);
+  const auto plain = tail.evaluate(*one.keys, block.bytes(), 1);
+  require(plain == tail.evaluate(*one.keys, block.bytes(), 1, *ticket));
   if (!of_another) require(plain == *other);
 }
 
@@ -296,16 +330,16 @@ void all_keys(const std::uint8_t* head, Bytes body, bool fit) {
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   if (size < kHead) return 0;
   const Bytes body(data + kHead, size - kHead);
-  const bool fit = data[0] >> 7 != 0;
+  const bool fit = data[0] >> 7 != 0, wide = data[0] >> 2 & 1;
   switch (data[0] % 4) {
     case 0:
       key(data, body, fit);
       break;
     case 1:
-      activation(data, body, fit);
+      activation(data, body, fit, wide);
       break;
     case 2:
-      with_ticket(data, body, fit);
+      with_ticket(data, body, fit, wide);
       break;
     default:
       all_keys(data, body, fit);

@@ -35,6 +35,14 @@ std::size_t seeded_bytes(std::span<const u64> primes, std::size_t n) {
   return total;
 }
 
+std::vector<Bytes> split_seeded(Bytes body, std::span<const u64> primes, std::size_t n, std::size_t count) {
+  const std::size_t size = seeded_bytes(primes, n);
+  if (body.size() != size * count) refuse_length();
+  std::vector<Bytes> parts;
+  for (std::size_t i = 0; i < count; ++i) parts.push_back(body.subspan(i * size, size));
+  return parts;
+}
+
 void parse_seed(Bytes body, std::span<const u64> primes, std::size_t n, std::uint8_t seed[kSeedBytes]) {
   if (body.size() != seeded_bytes(primes, n)) refuse_length();
   std::memcpy(seed, body.data(), kSeedBytes);

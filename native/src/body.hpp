@@ -32,7 +32,10 @@ template <class W>
 void parse_seeded(Bytes body, std::span<const u64> primes, std::size_t n, std::uint8_t seed[kSeedBytes],
                   W* const* rows, const CodecKernels& kernels = codec_kernels());
 
-/// The same row by row, for threads to share. First the length and the seed...
+/// The bodies of `count` such ciphertexts, one after the other. Checks the length alone.
+std::vector<Bytes> split_seeded(Bytes body, std::span<const u64> primes, std::size_t n, std::size_t count);
+
+/// One of them row by row, for threads to share. First the length and the seed...
 void parse_seed(Bytes body, std::span<const u64> primes, std::size_t n, std::uint8_t seed[kSeedBytes]);
 /// ... then row i: false when a residue is not below its prime or padding bits are not zero...
 template <class W>

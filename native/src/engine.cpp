@@ -8,8 +8,10 @@
 namespace blindtail {
 
 template <class W>
-Engine<W>::Engine(int log_n, std::span<const u64> primes, const char* instructions)
-    : chain_(log_n, primes, instructions) {}
+Engine<W>::Engine(int log_n, std::span<const u64> primes, const char* instructions, std::size_t inputs)
+    : chain_(log_n, primes, instructions), chain_only_(inputs == 1), inputs_(inputs) {
+  if (inputs < 1 || inputs > kMostInputs) throw std::invalid_argument("between 1 and 64 inputs");
+}
 
 template <class W>
 void Engine<W>::use(u32 element) {
@@ -23,24 +25,24 @@ const Automorphism& Engine<W>::automorphism(u32 element) const {
 
 template <class W>
 void Engine<W>::add(Step step) {
-  const std::size_t value = steps_.size();  // the one before
+  const std::size_t index = steps_.size(), value = inputs_ + index - 1;  // the one before
   if (step.sources.empty()) step.sources = {value};
   const std::size_t above = step.kind == Kind::kSum ? 0 : 1;
   for (std::size_t source : step.sources) {
     if (source > value) throw std::invalid_argument("a step reads what is not there yet");
-    if (source == 0) {
+    if (source < inputs_) {
       if (steps_.empty()) input_level_ = step.level;
       if (step.level > input_level_) throw std::invalid_argument("a step above its operand's level");
       continue;
     }
-    const Step& from = steps_[source - 1];
+    const Step& from = steps_[source - inputs_];
     if (step.level + (from.kind == Kind::kSum ? 0 : 1) > from.level)
       throw std::invalid_argument("a step above its operand's level");
   }
   if (step.level < above || step.level + 1 >= chain_.primes.size())
     throw std::invalid_argument("a step's level");
   chain_only_ = chain_only_ && step.sources == Sources{value} &&
-                step.kind == (value % 2 ? Kind::kSquare : Kind::kMap) && step.level + value == input_level_;
+                step.kind == (index % 2 ? Kind::kSquare : Kind::kMap) && step.level + index == input_level_;
   steps_.push_back(std::move(step));
 }
 
@@ -88,38 +90,40 @@ void Engine<W>::add_sum(std::size_t level, Sources sources, Buffer<W> constant) 
 }
 
 template <class W>
-void Engine<W>::finish() {
-  if (steps_.empty() || !steps_.back().map || steps_.back().level != 1)
-    throw std::invalid_argument("a program ends in a map at level 1");
-  max_rows_ = input_level_ + 2;
-  std::size_t babies = 0;
-  for (const Step& step : steps_) {
-    // What comes out at level 0 has its bias in coefficient form, for the reply.
-    if (&step != &steps_.back() && step.level < (step.kind == Kind::kSum ? 1 : 2))
+void Engine<W>::finish(std::size_t outputs, std::size_t group_bytes) {
+  if (outputs < 1 || outputs > kMostOutputs) throw std::invalid_argument("between 1 and 64 outputs");
+  if (outputs > steps_.size()) throw std::invalid_argument("a program has fewer steps than outputs");
+  outputs_ = outputs;
+  chain_only_ = chain_only_ && outputs == 1;
+  for (std::size_t i = 0; i < steps_.size(); ++i) {
+    const Step& step = steps_[i];
+    // What comes out at level 0 has its bias in coefficient form, for the reply. Nothing reads it: it is
+    // below every map, and only maps follow.
+    if (is_output(i) && (!step.map || step.level != 1))
+      throw std::invalid_argument("a program ends in a map at level 1, as many as it has outputs");
+    if (!is_output(i) && step.level < (step.kind == Kind::kSum ? 1 : 2))
       throw std::invalid_argument("a step before the last ends at level 0");
-    if (!step.map) continue;
-    babies = std::max(babies, step.map->babies.size());
-    max_giants_ = std::max(max_giants_, step.map->giants.size());
   }
-  max_giants_ = std::max<std::size_t>(max_giants_, 2);
-  scratch_limbs_ = 2 * babies + kTemporaries;
+  max_rows_ = input_level_ + 2;
+  make_groups(group_bytes);
   c0_ = Buffer<W>(max_rows_ * n());
   c1_ = Buffer<W>(max_rows_ * n());
   coef_ = Buffer<W>(max_rows_ * n());
   work_ = Buffer<W>((max_rows_ + 6) * n());
   digits_ = Buffer<W>(max_rows_ * max_rows_ * (n() + kGap));
-  sums_ = Buffer<W>(max_giants_ * 2 * (max_rows_ + 1) * n());
+  sums_ = Buffer<W>(max_sums_ * 2 * (max_rows_ + 1) * n());
   rows_.assign(max_rows_ * max_rows_, nullptr);
   if (!chain_only_) place_values();
 }
 
 template <class W>
-W* Engine<W>::input(std::size_t half, std::size_t prime) {
-  return (half ? c1_ : c0_).data() + prime * n();
+W* Engine<W>::input(std::size_t half, std::size_t prime, std::size_t index) {
+  return (!chain_only_ ? kept(index, half) : half ? c1_.data() : c0_.data()) + prime * n();
 }
 
 template <class W>
-const W* Engine<W>::output(std::size_t half) const {
+const W* Engine<W>::output(std::size_t half, std::size_t index) const {
+  if (!chain_only_) return results_.data() + (2 * index + half) * n();
   return half ? coef_.data() : c0_.data();
 }
 
@@ -194,7 +198,7 @@ void Engine<W>::run_from(std::size_t first, const Keys<W>& keys) {
     }
     const bool last = i + 1 == steps_.size(), next_square = !last && !steps_[i + 1].map;
     decompose(steps_[i].map->level, i == 0 ? c1_.data() : nullptr);
-    run_map(*steps_[i].map, keys, last, next_square);
+    run_map(steps_[i], keys, last, next_square);
     if (!last && !next_square) times_p(steps_[i].map->level - 1);
   }
 }
@@ -237,161 +241,6 @@ void Engine<W>::switch_row(const Key<W>& key, std::size_t level, std::size_t row
     }
     chain_.k.dot_key(part, out0, out1, digits, half0, half1, count, at > 0);
   }
-}
-
-/// All giant steps' sums modulo Q P, from c0_ (times P) and the digits: rotated inputs, then products.
-/// An automorphism takes each block of a row from one block, so that blocks are independent.
-template <class W>
-void Engine<W>::map_products(const MapStep<W>& step, const Keys<W>& keys, std::size_t input) {
-  const std::size_t level = step.level, rows = level + 2;
-  each_block(rows, [&](std::size_t row, Block block, std::size_t thread) {
-    const std::size_t j = prime_of(row, level);
-    const Part<W> part(chain_.primes[j], block.count);
-    const bool special = row == rows - 1;
-    const W* c0 = c0_.data() + row * n();  // not read modulo P, where P times anything vanishes
-    W *t0 = scratch(thread, 0, block.count), *t1 = scratch(thread, 1, block.count);
-    const auto turned = [&](std::size_t b, std::size_t half) {
-      return scratch(thread, kTemporaries + 2 * b + half, block.count);
-    };
-    for (std::size_t b = 0; b < step.babies.size(); ++b) {
-      if (step.inputs[b] != input) continue;
-      if (step.babies[b] == 1) {
-        if (special) continue;
-        std::memcpy(turned(b, 0), c0 + block.first, block.count * sizeof(W));
-        chain_.k.scale(part, turned(b, 1), rows_[row * max_rows_ + row] + block.first,
-                       chain_.value[chain_.special()][j]);
-        continue;
-      }
-      const Automorphism& turn = automorphism(step.babies[b]);
-      const Block from = source(turn, block);
-      switch_row(keys.at(step.babies[b]), level, row, from, t0, t1);
-      if (!special) chain_.k.add(part, t0, t0, c0 + from.first);
-      chain_.k.permute(turn, block.first, block.count, turned(b, 0), t0);
-      chain_.k.permute(turn, block.first, block.count, turned(b, 1), t1);
-    }
-    const W* in0[kMaxTerms];
-    const W* in1[kMaxTerms];
-    const W* plain[kMaxTerms];
-    for (std::size_t g = 0; g < step.giants.size(); ++g) {
-      W *out0 = sum(g, 0) + row * n() + block.first, *out1 = sum(g, 1) + row * n() + block.first;
-      std::size_t count = 0;
-      bool any = input > 0;  // what operands before gave is there
-      const auto flush = [&] {
-        if (count) chain_.k.dot_plain(part, out0, out1, in0, in1, plain, count, any);
-        any = any || count;
-        count = 0;
-      };
-      for (const auto& term : step.giants[g]) {
-        if (step.inputs[term.baby] != input || (special && step.babies[term.baby] == 1)) continue;
-        in0[count] = turned(term.baby, 0);
-        in1[count] = turned(term.baby, 1);
-        plain[count] = step.plain.data() + (row * step.diagonals + term.diagonal) * n() + block.first;
-        if (++count == kMaxTerms) flush();
-      }
-      flush();
-      if (!any) {
-        std::memset(out0, 0, block.count * sizeof(W));
-        std::memset(out1, 0, block.count * sizeof(W));
-      }
-    }
-  });
-}
-
-template <class W>
-void Engine<W>::map_sums(const MapStep<W>& step, const Keys<W>& keys) {
-  map_products(step, keys);
-  giant_steps(step, keys);
-}
-
-template <class W>
-void Engine<W>::giant_steps(const MapStep<W>& step, const Keys<W>& keys) {
-  const std::size_t level = step.level;
-  // Horner: total = rotate(total) + next, from the last giant step down.
-  for (std::size_t g = step.giants.size(); g-- > 1;) {
-    mod_down(level, {{sum(g, 1), coef_.data(), Form::kCoefficient}});
-    decompose(level, nullptr);
-    const Key<W>& giant = keys.at(step.giant);
-    const Automorphism& turn = automorphism(step.giant);
-    each_block(level + 2, [&](std::size_t row, Block block, std::size_t thread) {
-      const Part<W> part(chain_.primes[prime_of(row, level)], block.count);
-      const Block from = source(turn, block);
-      W *t0 = scratch(thread, 0, block.count), *t1 = scratch(thread, 1, block.count);
-      switch_row(giant, level, row, from, t0, t1);
-      chain_.k.add(part, t0, t0, sum(g, 0) + row * n() + from.first);
-      chain_.k.permute_add(part, turn, block.first, sum(g - 1, 0) + row * n() + block.first, t0);
-      chain_.k.permute_add(part, turn, block.first, sum(g - 1, 1) + row * n() + block.first, t1);
-    });
-  }
-}
-
-template <class W>
-void Engine<W>::run_map(const MapStep<W>& step, const Keys<W>& keys, bool last, bool next_square) {
-  map_sums(step, keys);
-  finish_map(step, keys, last, next_square);
-}
-
-template <class W>
-void Engine<W>::finish_map(const MapStep<W>& step, const Keys<W>& keys, bool last, bool next_square) {
-  const std::size_t level = step.level;
-  const Form form0 = last ? Form::kCoefficient : Form::kNtt;
-  const Form form1 = next_square ? Form::kNtt : Form::kCoefficient;
-  W* c1 = (next_square ? c1_ : coef_).data();
-  const W* bias = step.bias.data();
-  if (step.folds.empty()) {
-    mod_down_rescale(level, {{sum(0, 0), c0_.data(), form0, bias}, {sum(0, 1), c1, form1}});
-    return;
-  }
-  mod_down_rescale(level,
-                   {{sum(0, 0), c0_.data(), Form::kTimesP}, {sum(0, 1), coef_.data(), Form::kCoefficient}});
-  const std::size_t at = fold_all(step, keys);
-  mod_down(level - 1, {{sum(at, 0), c0_.data(), form0, bias}, {sum(at, 1), c1, form1}});
-}
-
-/// All groups, from c0_ (times P) and coef_; returns which of the sums holds the result, modulo Q P.
-template <class W>
-std::size_t Engine<W>::fold_all(const MapStep<W>& step, const Keys<W>& keys) {
-  for (std::size_t group = 0; group < step.folds.size(); ++group) {
-    if (group > 0) mod_down(step.level - 1, {{sum((group + 1) % 2, 1), coef_.data(), Form::kCoefficient}});
-    decompose(step.level - 1, nullptr);
-    fold(step, keys, group);
-  }
-  return (step.folds.size() + 1) % 2;
-}
-
-/// One group: acc + sum of rotations of acc, into sum(group % 2); acc is (c0_, digits) for the
-/// first group, else sum((group + 1) % 2).
-template <class W>
-void Engine<W>::fold(const MapStep<W>& step, const Keys<W>& keys, std::size_t group) {
-  const std::size_t level = step.level - 1, rows = level + 2;
-  each_block(rows, [&](std::size_t row, Block block, std::size_t thread) {
-    const std::size_t j = prime_of(row, level), at = row * n() + block.first;
-    const std::size_t bytes = block.count * sizeof(W);
-    const Part<W> part(chain_.primes[j], block.count);
-    W *t0 = scratch(thread, 0, block.count), *t1 = scratch(thread, 1, block.count);
-    W *out0 = sum(group % 2, 0) + at, *out1 = sum(group % 2, 1) + at;
-    // What every rotation turns besides the switched part: of P c0, nothing modulo P.
-    const W* base = group > 0 ? sum((group + 1) % 2, 0) + row * n() : c0_.data() + row * n();
-    if (group == 0 && row == rows - 1) {
-      base = nullptr;
-      std::memset(out0, 0, bytes);
-      std::memset(out1, 0, bytes);
-    } else {
-      std::memcpy(out0, base + block.first, bytes);
-      if (group > 0)
-        std::memcpy(out1, sum((group + 1) % 2, 1) + at, bytes);
-      else
-        chain_.k.scale(part, out1, rows_[row * max_rows_ + row] + block.first,
-                       chain_.value[chain_.special()][j]);
-    }
-    for (u32 element : step.folds[group]) {
-      const Automorphism& turn = automorphism(element);
-      const Block from = source(turn, block);
-      switch_row(keys.at(element), level, row, from, t0, t1);
-      if (base != nullptr) chain_.k.add(part, t0, t0, base + from.first);
-      chain_.k.permute_add(part, turn, block.first, out0, t0);
-      chain_.k.permute_add(part, turn, block.first, out1, t1);
-    }
-  });
 }
 
 template <class W>

@@ -8,7 +8,8 @@
 // steps run Horner-style with one key, and dividing by P and by the map's prime is one step.
 //
 // Most plans are chains, each step reading what the one before gave, in whatever form it gave it. Plans
-// that join values of several steps keep every value in NTT form until its last use (engine_graph.cpp).
+// that join values of several steps, or have several inputs or outputs, keep every value in NTT form until
+// its last use (engine_graph.cpp).
 #pragma once
 
 #include <cstddef>
@@ -79,11 +80,16 @@ struct MapStep {
   std::size_t diagonals = 0;
   // In memory that whoever adds the step keeps alive, 64-byte aligned.
   std::span<const W> plain;  // [prime 0 ... level, special][diagonal][n], Montgomery form
-  std::span<const W> bias;   // [prime 0 ... level - 1][n], NTT form (coefficient form in the last map)
+  std::span<const W> bias;   // [prime 0 ... level - 1][n], NTT form (coefficient form in an output's map)
 };
 
-/// What a step reads: values by number. The input is 0, step i makes i + 1. Empty: the one before.
+/// What a step reads: values by number. Inputs are 0 ... I - 1, step i makes I + i. Empty: the one before.
 using Sources = std::vector<std::size_t>;
+
+/// Ciphertexts that a plan reads, and that it makes, at most.
+inline constexpr std::size_t kMostInputs = 64, kMostOutputs = 64;
+/// Bytes of sums that maps run as one group may take; a map that needs more is run alone.
+inline constexpr std::size_t kGroupBytes = std::size_t{256} << 20;
 
 template <class W>
 class EngineTimer;
@@ -91,9 +97,10 @@ class EngineTimer;
 template <class W>
 class Engine {
  public:
-  Engine(int log_n, std::span<const u64> primes, const char* instructions);
+  Engine(int log_n, std::span<const u64> primes, const char* instructions, std::size_t inputs = 1);
 
-  /// Steps in order of execution; operands above a step's level are taken at that level.
+  /// Steps in order of execution; operands above a step's level are taken at that level. The first step's
+  /// level is that of every input.
   void add_map(MapStep<W> step, Sources sources = {});
   void add_square(std::size_t level, Sources sources = {});
   /// Of two values, relinearised and rescaled.
@@ -101,15 +108,20 @@ class Engine {
   /// Of one or two values and, unless it is empty, `constant`: [prime 0 ... level][n], NTT form. Stays at
   /// its level.
   void add_sum(std::size_t level, Sources sources, Buffer<W> constant);
-  /// Allocates what a run needs.
-  void finish();
+  /// The results of the last `outputs` steps are the plan's; they are maps at level 1. Allocates what a run
+  /// needs. group_bytes: see kGroupBytes; 0 runs every map by itself, with the same result.
+  void finish(std::size_t outputs = 1, std::size_t group_bytes = kGroupBytes);
 
   const Chain<W>& chain() const { return chain_; }
   std::size_t input_level() const { return input_level_; }
-  /// Where a run reads its input: limbs 0 ... input level of c0 and c1, NTT form.
-  W* input(std::size_t half, std::size_t prime);
-  /// c0 and c1 of the result: level 0, coefficient form.
-  const W* output(std::size_t half) const;
+  std::size_t inputs() const { return inputs_; }
+  std::size_t outputs() const { return outputs_; }
+  /// How many maps each group has that shares its rotations, in order.
+  std::vector<std::size_t> groups() const;
+  /// Where a run reads an input: limbs 0 ... input level of c0 and c1, NTT form. Other words after a run.
+  W* input(std::size_t half, std::size_t prime, std::size_t index = 0);
+  /// c0 and c1 of a result: level 0, coefficient form.
+  const W* output(std::size_t half, std::size_t index = 0) const;
   /// The threads of a run, for what is to be done before it: parsing, say.
   /// Throws std::out_of_range when a key is missing or too low, as all that follow do.
   Pool& pool(const Keys<W>& keys, std::size_t threads);
@@ -121,9 +133,9 @@ class Engine {
   void run(const Keys<W>& keys, std::size_t threads);
   /// Words of what a ticket holds.
   std::size_t ticket_words() const { return ticket_limbs() * n(); }
-  /// All that depends on c1 alone, up to the first square's keyswitch, from the input's c1.
+  /// All that depends on c1 alone, up to the first square's keyswitch, from the inputs' c1.
   void make_ticket(const Keys<W>& keys, std::size_t threads, W* words);
-  /// The same result as `run` for the c1 that the ticket was made of, from the input's c0.
+  /// The same result as `run` for the c1 that the ticket was made of, from the inputs' c0.
   void run_ticket(const Keys<W>& keys, std::size_t threads, const W* words);
   /// Automorphism of a Galois element that the plan uses.
   const Automorphism& automorphism(u32 element) const;
@@ -149,6 +161,16 @@ class Engine {
     Sources sources;
     std::unique_ptr<MapStep<W>> map = nullptr;
     Buffer<W> constant = {};
+    // Of a map, by `make_groups`: its group, the first of its sums in it, and, by baby step, which of its
+    // operand's turns that is.
+    std::size_t group = 0, sums = 0;
+    std::vector<std::size_t> turns = {};
+  };
+  /// Maps that follow one another and read the same values at the same level: the digits of what they read,
+  /// and each of its rotations, are made once for all of them.
+  struct MapGroup {
+    std::size_t first = 0, count = 0;     // steps
+    std::vector<std::vector<u32>> turns;  // by operand: distinct Galois elements; 1 = the operand itself
   };
   /// A value of a plan that is no chain: where it is kept, in NTT form.
   struct Place {
@@ -176,9 +198,15 @@ class Engine {
 
   void add(Step step);
   void place_values();
+  void make_groups(std::size_t most_bytes);
   void run_graph(const Keys<W>& keys);
-  void graph_map(const Step& step, const Keys<W>& keys);
+  void run_group(const MapGroup& group, const Keys<W>& keys);
+  void graph_sum(const Step& step);
+  void graph_product(const Step& step, const Keys<W>& keys);
   void load(std::size_t value, std::size_t level, bool turned);
+  void keep(std::size_t step);
+  /// Whether a step's result is one of the plan's.
+  bool is_output(std::size_t step) const { return step + outputs_ >= steps_.size(); }
   W* kept(std::size_t value, std::size_t half) {
     const Place& place = places_[value];
     return values_[place.buffer].data() + half * max_rows_ * n();
@@ -186,12 +214,15 @@ class Engine {
   void use(u32 element);
   void begin(const Keys<W>& keys, std::size_t threads);
   void run_from(std::size_t first, const Keys<W>& keys);
-  void map_sums(const MapStep<W>& step, const Keys<W>& keys);
-  void map_products(const MapStep<W>& step, const Keys<W>& keys, std::size_t input = 0);
-  void giant_steps(const MapStep<W>& step, const Keys<W>& keys);
+  void map_sums(const Step& step, const Keys<W>& keys);
+  void map_products(const MapGroup& group, const Keys<W>& keys, std::size_t input = 0);
+  void turn_block(const MapGroup& group, const Keys<W>& keys, std::size_t input, std::size_t row, Block block,
+                  std::size_t thread);
+  void add_products(const Step& step, std::size_t input, std::size_t row, Block block, std::size_t thread);
+  void giant_steps(const Step& step, const Keys<W>& keys);
   /// From the giant steps' sums to the map's result.
-  void finish_map(const MapStep<W>& step, const Keys<W>& keys, bool last, bool next_square);
-  std::size_t fold_all(const MapStep<W>& step, const Keys<W>& keys);
+  void finish_map(const Step& step, const Keys<W>& keys, bool last, bool next_square);
+  std::size_t fold_all(const MapStep<W>& step, const Keys<W>& keys, std::size_t sums);
   void square_sums(std::size_t level, const Keys<W>& keys);
   void relinearise(std::size_t level, const Keys<W>& keys);
   void check(const Keys<W>& keys) const;
@@ -199,9 +230,9 @@ class Engine {
     return row <= level ? row : chain_.special();
   }
 
-  void run_map(const MapStep<W>& step, const Keys<W>& keys, bool last, bool next_square);
+  void run_map(const Step& step, const Keys<W>& keys, bool last, bool next_square);
   void run_square(std::size_t level, const Keys<W>& keys);
-  void fold(const MapStep<W>& step, const Keys<W>& keys, std::size_t group);
+  void fold(const MapStep<W>& step, const Keys<W>& keys, std::size_t group, std::size_t sums = 0);
 
   /// Digits of c1 (coefficient form in `coef_`) over q_0 ... q_level and P; `own` = its NTT form or null.
   void decompose(std::size_t level, const W* own);
@@ -234,23 +265,30 @@ class Engine {
   }
   W* scratch(std::size_t thread, std::size_t limb) { return scratch(thread, limb, n()); }
   W* digit(std::size_t row, std::size_t i) { return digits_.data() + (row * max_rows_ + i) * (n() + kGap); }
-  W* sum(std::size_t giant, std::size_t half) {
-    return sums_.data() + (giant * 2 + half) * (max_rows_ + 1) * n();
+  W* sum(std::size_t index, std::size_t half) {
+    return sums_.data() + (index * 2 + half) * (max_rows_ + 1) * n();
+  }
+  /// The half of a rotated operand that products read, one block of it.
+  W* turned(std::size_t turn, std::size_t half, Block block, std::size_t thread) {
+    return scratch(thread, kTemporaries + 2 * turn + half, block.count);
   }
   std::size_t n() const { return chain_.n; }
 
   Chain<W> chain_;
   std::vector<Step> steps_;
-  bool chain_only_ = true;     // every step reads the one before, and is a map or a square
+  std::vector<MapGroup> groups_;
+  bool chain_only_ = true;     // one input and output; each step reads the one before, a map or a square
   std::vector<Place> places_;  // by value, in plans that are no chain
   std::vector<Buffer<W>> values_;
   std::map<u32, Automorphism> automorphisms_;
-  std::size_t input_level_ = 0, max_rows_ = 0, scratch_limbs_ = 0, max_giants_ = 1;
+  std::size_t inputs_, outputs_ = 1;
+  std::size_t input_level_ = 0, max_rows_ = 0, scratch_limbs_ = 0, max_sums_ = 0;
   std::size_t blocks_ = 1;  // of a row, in loops word by word
   std::unique_ptr<Pool> pool_;
   // c0 in NTT form (times P where a map or a fold reads it), c1 in NTT form (where known) and in
   // coefficient form; limbs by prime.
   Buffer<W> c0_, c1_, coef_, digits_, sums_, scratch_, work_;
+  Buffer<W> results_;           // of plans that are no chain: by output, c0 and c1
   std::vector<const W*> rows_;  // [row][digit] pointers of the last decomposition
 };
 

@@ -6,7 +6,7 @@
 // All sums are exact modulo the primes and every rounding happens where the whole run has
 // it: a run with a ticket gives the same words as one without.
 //
-// Of plans that are no chain a ticket holds c1 itself: the seed need not be expanded again.
+// Of plans that are no chain a ticket holds c1 itself, of every input: seeds need not be expanded again.
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -17,7 +17,7 @@ namespace blindtail {
 
 template <class W>
 std::size_t Engine<W>::ticket_limbs() const {
-  if (!chain_only_) return input_level_ + 1;
+  if (!chain_only_) return inputs_ * (input_level_ + 1);
   const MapStep<W>& map = *steps_.front().map;
   const std::size_t level = map.level, square = steps_.size() > 1 ? 2 * (level + 1) : 0;
   return (level + 2) + (map.folds.empty() ? 0 : level + 1) + level + square;
@@ -39,7 +39,8 @@ template <class W>
 void Engine<W>::make_ticket(const Keys<W>& keys, std::size_t threads, W* words) {
   if (!chain_only_) {
     pool(keys, threads);
-    std::memcpy(words, c1_.data(), ticket_words() * sizeof(W));
+    const std::size_t each = (input_level_ + 1) * n();
+    for (std::size_t i = 0; i < inputs_; ++i) std::memcpy(words + i * each, kept(i, 1), each * sizeof(W));
     return;
   }
   begin(keys, threads);
@@ -49,7 +50,7 @@ void Engine<W>::make_ticket(const Keys<W>& keys, std::size_t threads, W* words) 
   const bool square = steps_.size() > 1;
   std::memset(c0_.data(), 0, (level + 1) * n() * sizeof(W));
   decompose(level, c1_.data());
-  map_sums(map, keys);
+  map_sums(steps_.front(), keys);
   std::memcpy(parts.map, sum(0, 0), (level + 2) * n() * sizeof(W));
   const Form form = square ? Form::kNtt : Form::kCoefficient;
   W* c1 = (square ? c1_ : coef_).data();
@@ -58,7 +59,7 @@ void Engine<W>::make_ticket(const Keys<W>& keys, std::size_t threads, W* words) 
   } else {
     mod_down_rescale(level, {{sum(0, 1), coef_.data(), Form::kCoefficient}});
     std::memset(c0_.data(), 0, level * n() * sizeof(W));
-    const std::size_t at = fold_all(map, keys);
+    const std::size_t at = fold_all(map, keys, 0);
     std::memcpy(parts.fold, sum(at, 0), (level + 1) * n() * sizeof(W));
     mod_down(level - 1, {{sum(at, 1), c1, form}});
   }
@@ -74,7 +75,8 @@ template <class W>
 void Engine<W>::run_ticket(const Keys<W>& keys, std::size_t threads, const W* words) {
   pool(keys, threads);
   if (!chain_only_) {
-    std::memcpy(c1_.data(), words, ticket_words() * sizeof(W));
+    const std::size_t each = (input_level_ + 1) * n();
+    for (std::size_t i = 0; i < inputs_; ++i) std::memcpy(kept(i, 1), words + i * each, each * sizeof(W));
     run_graph(keys);
     return;
   }

@@ -51,8 +51,9 @@ std::span<const double> given(const std::optional<Doubles>& imaginary) {
 
 class PyTail {
  public:
-  PyTail(int log_n, const std::vector<u64>& primes, const std::string& instructions, int word_bits)
-      : tail_(make_tail(log_n, primes, name_or_null(instructions), word_bits)) {}
+  PyTail(int log_n, const std::vector<u64>& primes, const std::string& instructions, int word_bits,
+         std::size_t inputs)
+      : tail_(make_tail(log_n, primes, name_or_null(instructions), word_bits, inputs)) {}
 
   void add_map(std::size_t level, const std::vector<u32>& babies, const Giants& giants, u32 giant,
                const std::vector<std::vector<u32>>& folds, const Doubles& diagonals, double plain_scale,
@@ -146,8 +147,9 @@ class PyTail {
       out = tail_->evaluate_residues(*keys.keys, {c0.data(), c0.size()}, {c1.data(), c1.size()},
                                      checked(threads));
     }
-    const std::size_t n = out.size() / 2;
-    return array(std::move(out), {2, n});
+    const std::size_t outputs = tail_->outputs(), n = out.size() / (2 * outputs);
+    if (outputs == 1) return array(std::move(out), {2, n});
+    return array(std::move(out), {outputs, 2, n});
   }
 
   Tail& tail() { return *tail_; }
@@ -299,8 +301,8 @@ NB_MODULE(_native, module) {
   nb::class_<KeyHandle>(module, "Keys");
   nb::class_<Tail::Ticket>(module, "Ticket").def_prop_ro("bytes", &Tail::Ticket::bytes);
   nb::class_<PyTail>(module, "Tail")
-      .def(nb::init<int, const std::vector<u64>&, const std::string&, int>(), nb::arg("log_n"),
-           nb::arg("primes"), nb::arg("instructions") = "", nb::arg("word_bits") = 0)
+      .def(nb::init<int, const std::vector<u64>&, const std::string&, int, std::size_t>(), nb::arg("log_n"),
+           nb::arg("primes"), nb::arg("instructions") = "", nb::arg("word_bits") = 0, nb::arg("inputs") = 1)
       .def("add_map", &PyTail::add_map, nb::arg("level"), nb::arg("babies"), nb::arg("giants"),
            nb::arg("giant"), nb::arg("folds"), nb::arg("diagonals"), nb::arg("plain_scale"), nb::arg("bias"),
            nb::arg("bias_scale"), nb::arg("imaginary") = nb::none(), nb::arg("inputs") = Sources{},
@@ -332,8 +334,12 @@ NB_MODULE(_native, module) {
            nb::arg("constant") = nb::none(), nb::arg("scale") = 1.0)
       .def(
           "finish",
-          [](PyTail& self, std::size_t period, int dropped) { self.tail().finish(period, dropped); },
-          nb::arg("period"), nb::arg("dropped_bits"))
+          [](PyTail& self, std::size_t period, int dropped, std::size_t outputs, std::size_t group_bytes) {
+            self.tail().finish(period, dropped, outputs, group_bytes);
+          },
+          nb::arg("period"), nb::arg("dropped_bits"), nb::arg("outputs") = 1,
+          nb::arg("group_bytes") = kGroupBytes)
+      .def_prop_ro("groups", [](PyTail& self) { return self.tail().groups(); })
       .def_prop_ro("word_bits", [](PyTail& self) { return self.tail().word_bits(); })
       .def_prop_ro("instructions", [](PyTail& self) { return self.tail().instructions(); })
       .def_prop_ro("plain_bytes", [](PyTail& self) { return self.tail().plain_bytes(); })

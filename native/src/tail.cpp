@@ -24,7 +24,7 @@ class TicketOf final : public Tail::Ticket {
   std::size_t bytes() const override { return words.size() * sizeof(W); }
 
   Buffer<W> words;
-  std::uint8_t seed[kSeedBytes];
+  std::vector<std::uint8_t> seeds;  // of all inputs
   u64 keys = 0;
 };
 
@@ -32,10 +32,10 @@ template <class W>
 class TailOf final : public Tail {
  public:
   /// `instructions` for both tables; 64-bit words have portable kernels alone.
-  TailOf(int log_n, std::span<const u64> primes, const char* instructions)
+  TailOf(int log_n, std::span<const u64> primes, const char* instructions, std::size_t inputs)
       : primes_(primes.begin(), primes.end()),
         codec_(codec_kernels(instructions)),
-        engine_(log_n, primes, kBits<W> == 32 ? instructions : nullptr),
+        engine_(log_n, primes, kBits<W> == 32 ? instructions : nullptr, inputs),
         encoder_(log_n, codec_) {}
 
   void add_map(const MapDescription& map) override {
@@ -47,7 +47,9 @@ class TailOf final : public Tail {
 
   std::size_t map_bytes(std::size_t level, std::size_t diagonals) const override {
     check_level(level);
-    if (diagonals > n() / 2) throw std::invalid_argument("a map has more diagonals than slots");
+    // Each operand has no more rotations than there are slots.
+    if (diagonals > kMostInputs * n() / 2)
+      throw std::invalid_argument("a map has more diagonals than slots of 64 operands");
     return ((level + 2) * diagonals + level) * n() * sizeof(W);
   }
 
@@ -120,8 +122,8 @@ class TailOf final : public Tail {
     engine_.add_sum(level, std::move(sources), std::move(words));
   }
 
-  void finish(std::size_t period, int dropped) override {
-    engine_.finish();
+  void finish(std::size_t period, int dropped, std::size_t outputs, std::size_t group_bytes) override {
+    engine_.finish(outputs, group_bytes);
     reply_ = {primes_[0], n(), period, dropped};
     reply_.check(kBits<W>);
   }
@@ -129,6 +131,9 @@ class TailOf final : public Tail {
   int word_bits() const override { return kBits<W>; }
   const char* instructions() const override { return chain().k.name; }
   std::size_t plain_bytes() const override { return plain_bytes_; }
+  std::size_t inputs() const override { return engine_.inputs(); }
+  std::size_t outputs() const override { return engine_.outputs(); }
+  std::vector<std::size_t> groups() const override { return engine_.groups(); }
 
   std::size_t key_bytes(std::size_t level) const override {
     return 2 * (level + 2) * (level + 1) * n() * sizeof(W);
@@ -198,22 +203,23 @@ class TailOf final : public Tail {
   std::vector<std::uint8_t> evaluate(const LoadedKeys& keys, std::span<const std::uint8_t> body,
                                      std::size_t threads) override {
     const std::lock_guard lock(mutex_);
-    std::uint8_t seed[kSeedBytes];
-    parse_seed(body, input_primes(), n(), seed);
-    read(engine_.pool(typed(keys), threads), body, seed);
+    const std::vector<Bytes> parts = split(body);
+    const std::vector<std::uint8_t> seeds = seeds_of(parts);
+    read(engine_.pool(typed(keys), threads), parts, seeds);
     engine_.run(typed(keys), threads);
-    return write_reply<W>(reply_, engine_.output(0), engine_.output(1));
+    return reply();
   }
 
   std::unique_ptr<Ticket> make_ticket(const LoadedKeys& keys, std::span<const std::uint8_t> seed,
                                       std::size_t threads) override {
-    if (seed.size() != kSeedBytes) throw std::invalid_argument("a seed has 64 bytes");
+    if (seed.size() != inputs() * kSeedBytes)
+      throw std::invalid_argument("a seed has 64 bytes for each ciphertext that goes in");
     const std::lock_guard lock(mutex_);
     auto made = std::make_unique<TicketOf<W>>();
     made->words = Buffer<W>(engine_.ticket_words());
     made->keys = keys.id;
-    std::copy(seed.begin(), seed.end(), made->seed);
-    read(engine_.pool(typed(keys), threads), {}, made->seed);
+    made->seeds.assign(seed.begin(), seed.end());
+    read(engine_.pool(typed(keys), threads), {}, made->seeds);
     engine_.make_ticket(typed(keys), threads, made->words.data());
     return made;
   }
@@ -224,51 +230,78 @@ class TailOf final : public Tail {
     if (mine == nullptr || mine->words.size() != engine_.ticket_words() || mine->keys != keys.id)
       throw std::invalid_argument("a ticket of another tail or of other keys");
     const std::lock_guard lock(mutex_);
-    std::uint8_t seed[kSeedBytes];
-    parse_seed(body, input_primes(), n(), seed);
-    read(engine_.pool(typed(keys), threads), body, nullptr);
-    if (!std::equal(seed, seed + kSeedBytes, mine->seed))
-      throw std::invalid_argument("a ticket of another request");
+    const std::vector<Bytes> parts = split(body);
+    read(engine_.pool(typed(keys), threads), parts, {});
+    if (seeds_of(parts) != mine->seeds) throw std::invalid_argument("a ticket of another request");
     engine_.run_ticket(typed(keys), threads, mine->words.data());
-    return write_reply<W>(reply_, engine_.output(0), engine_.output(1));
+    return reply();
   }
 
   std::vector<u64> evaluate_residues(const LoadedKeys& keys, std::span<const u64> c0, std::span<const u64> c1,
                                      std::size_t threads) override {
     const std::lock_guard lock(mutex_);
     const std::size_t words = (engine_.input_level() + 1) * n();
-    if (c0.size() != words || c1.size() != words) throw std::invalid_argument("a ciphertext's size");
-    std::copy(c0.begin(), c0.end(), engine_.input(0, 0));
-    std::copy(c1.begin(), c1.end(), engine_.input(1, 0));
+    if (c0.size() != inputs() * words || c1.size() != inputs() * words)
+      throw std::invalid_argument("a ciphertext's size");
+    for (std::size_t i = 0; i < inputs(); ++i) {
+      std::copy_n(c0.begin() + static_cast<std::ptrdiff_t>(i * words), words, engine_.input(0, 0, i));
+      std::copy_n(c1.begin() + static_cast<std::ptrdiff_t>(i * words), words, engine_.input(1, 0, i));
+    }
     engine_.run(typed(keys), threads);
-    std::vector<u64> out(engine_.output(0), engine_.output(0) + n());
-    out.insert(out.end(), engine_.output(1), engine_.output(1) + n());
+    std::vector<u64> out;
+    for (std::size_t i = 0; i < outputs(); ++i)
+      for (const std::size_t half : {0, 1})
+        out.insert(out.end(), engine_.output(half, i), engine_.output(half, i) + n());
     return out;
   }
 
  private:
   std::span<const u64> input_primes() const { return {primes_.data(), engine_.input_level() + 1}; }
-  /// To where a run reads them: c0 from a body whose length is right, unless it is empty, and c1 from
-  /// its seed, unless there is none.
-  void read(Pool& pool, std::span<const std::uint8_t> body, const std::uint8_t* seed) {
+  /// A body by input.
+  std::vector<Bytes> split(Bytes body) const { return split_seeded(body, input_primes(), n(), inputs()); }
+  std::vector<std::uint8_t> seeds_of(const std::vector<Bytes>& parts) const {
+    std::vector<std::uint8_t> seeds(parts.size() * kSeedBytes);
+    for (std::size_t i = 0; i < parts.size(); ++i)
+      parse_seed(parts[i], input_primes(), n(), seeds.data() + i * kSeedBytes);
+    return seeds;
+  }
+  /// To where a run reads them: every input's c0 from its part of a body, unless there is none, and c1 from
+  /// its seed, unless there are none.
+  void read(Pool& pool, const std::vector<Bytes>& parts, Bytes seeds) {
     const std::span<const u64> primes = input_primes();
+    const std::size_t count = primes.size(), rows = inputs() * count;
     rows_.clear();
-    for (std::size_t j = 0; j < primes.size(); ++j) rows_.push_back(engine_.input(1, j));
-    std::uint8_t none[kSeedBytes] = {};
-    SeedStream stream(seed != nullptr ? seed : none, codec_);
-    Sampling<W> c1(stream, primes, n(), rows_.data(), codec_);
+    for (std::size_t row = 0; row < rows; ++row) rows_.push_back(engine_.input(1, row % count, row / count));
+    std::vector<SeedStream> streams;
+    std::vector<Sampling<W>> c1;
+    streams.reserve(inputs());  // they stay where they are
+    c1.reserve(inputs());
+    for (std::size_t i = 0; i < seeds.size() / kSeedBytes; ++i) {
+      streams.emplace_back(seeds.data() + i * kSeedBytes, codec_);
+      c1.emplace_back(streams.back(), primes, n(), rows_.data() + i * count, codec_);
+    }
     // Row by row: the same thread goes on with a row.
-    const std::size_t pieces = seed != nullptr ? c1.pieces_of_row() : 0, items = 1 + pieces;
+    const std::size_t pieces = c1.empty() ? 0 : c1.front().pieces_of_row(), items = 1 + pieces;
     std::atomic<bool> good = true;
-    pool.each(primes.size() * items, [&](std::size_t item, std::size_t) {
-      const std::size_t j = item / items, piece = item % items;
+    pool.each(rows * items, [&](std::size_t item, std::size_t) {
+      const std::size_t row = item / items, piece = item % items, i = row / count, j = row % count;
       if (piece < pieces)
-        c1.make(j, piece);
-      else if (!body.empty() && !parse_row<W>(body, primes, n(), j, engine_.input(0, j), codec_))
+        c1[i].make(j, piece);
+      else if (!parts.empty() && !parse_row<W>(parts[i], primes, n(), j, engine_.input(0, j, i), codec_))
         good = false;
     });
     if (!good) refuse_residues();
-    if (pieces > 0) c1.finish();
+    for (Sampling<W>& one : c1) one.finish();
+  }
+  /// All outputs' bodies, one after the other.
+  std::vector<std::uint8_t> reply() const {
+    std::vector<std::uint8_t> out = write_reply<W>(reply_, engine_.output(0), engine_.output(1));
+    for (std::size_t i = 1; i < outputs(); ++i) {
+      const std::vector<std::uint8_t> more =
+          write_reply<W>(reply_, engine_.output(0, i), engine_.output(1, i));
+      out.insert(out.end(), more.begin(), more.end());
+    }
+    return out;
   }
   void check_level(std::size_t level) const {
     if (level < 1 || level + 2 > primes_.size()) throw std::invalid_argument("a map's level");
@@ -315,13 +348,13 @@ u64 Tail::LoadedKeys::next_id() {
 }
 
 std::unique_ptr<Tail> make_tail(int log_n, std::span<const u64> primes, const char* instructions,
-                                int word_bits) {
+                                int word_bits, std::size_t inputs) {
   if (primes.empty()) throw std::invalid_argument("no primes");
   const auto [low, high] = std::minmax_element(primes.begin(), primes.end());
   const bool narrow = *high < (u64{1} << 30) && *high < 2 * *low;
   if (word_bits == 0) word_bits = narrow ? 32 : 64;
-  if (word_bits == 32) return std::make_unique<TailOf<u32>>(log_n, primes, instructions);
-  if (word_bits == 64) return std::make_unique<TailOf<u64>>(log_n, primes, instructions);
+  if (word_bits == 32) return std::make_unique<TailOf<u32>>(log_n, primes, instructions, inputs);
+  if (word_bits == 64) return std::make_unique<TailOf<u64>>(log_n, primes, instructions, inputs);
   throw std::invalid_argument("words have 32 or 64 bits");
 }
 

@@ -63,7 +63,7 @@ class Tail {
   };
 
   virtual ~Tail() = default;
-  /// The steps in their order, then `finish`. period, dropped: the reply's form.
+  /// The steps in their order, then `finish`.
   virtual void add_map(const MapDescription& map) = 0;
   /// Bytes of an encoded map, diagonals and bias: a multiple of 64.
   virtual std::size_t map_bytes(std::size_t level, std::size_t diagonals) const = 0;
@@ -78,12 +78,19 @@ class Tail {
   /// constant: N / 2 slots, encoded at `scale` and the sum's level, or empty.
   virtual void add_sum(std::size_t level, std::vector<std::size_t> sources, std::span<const double> constant,
                        double scale) = 0;
-  virtual void finish(std::size_t period, int dropped) = 0;
+  /// period, dropped: the form of the reply, which has the results of the last `outputs` steps.
+  /// group_bytes: see Engine::finish; results do not depend on it.
+  virtual void finish(std::size_t period, int dropped, std::size_t outputs = 1,
+                      std::size_t group_bytes = kGroupBytes) = 0;
 
   virtual int word_bits() const = 0;
   virtual const char* instructions() const = 0;
   /// Of all maps' encoded diagonals and biases, wherever they are.
   virtual std::size_t plain_bytes() const = 0;
+  virtual std::size_t inputs() const = 0;
+  virtual std::size_t outputs() const = 0;
+  /// How many maps each group has that shares its rotations, in order.
+  virtual std::vector<std::size_t> groups() const = 0;
 
   /// Bytes of one prepared key, a multiple of 64.
   virtual std::size_t key_bytes(std::size_t level) const = 0;
@@ -94,21 +101,25 @@ class Tail {
 
   /// An evaluation is soon to come: helpers wake up meanwhile. Changes no result; any thread may call it.
   virtual void expect() = 0;
-  /// Body of a ciphertext container -> body of a reply container. Thread-safe: one at a time.
+  /// Body of a ciphertext container, all inputs' one after the other, -> body of a reply container, all
+  /// outputs' likewise. Thread-safe: one at a time.
   virtual std::vector<std::uint8_t> evaluate(const LoadedKeys& keys, std::span<const std::uint8_t> body,
                                              std::size_t threads) = 0;
-  /// With a ticket: the same reply, sooner. The body's seed must be the ticket's, and the keys the same.
+  /// With a ticket: the same reply, sooner. The body's seeds must be the ticket's, and the keys the same.
+  /// seed: 64 bytes for each input.
   virtual std::unique_ptr<Ticket> make_ticket(const LoadedKeys& keys, std::span<const std::uint8_t> seed,
                                               std::size_t threads) = 0;
   virtual std::vector<std::uint8_t> evaluate(const LoadedKeys& keys, std::span<const std::uint8_t> body,
                                              std::size_t threads, const Ticket& ticket) = 0;
-  /// The same between residues, for tests: c0, c1 in NTT form, (level + 1) * N words each -> 2 N words.
+  /// The same between residues, for tests: c0, c1 in NTT form, (level + 1) * N words an input each -> 2 N
+  /// words an output.
   virtual std::vector<u64> evaluate_residues(const LoadedKeys& keys, std::span<const u64> c0,
                                              std::span<const u64> c1, std::size_t threads) = 0;
 };
 
-/// 32-bit words where all primes allow it, else 64. Primes: data primes, then the special one.
+/// 32-bit words where all primes allow it, else 64. Primes: data primes, then the special one. inputs: how
+/// many ciphertexts a program reads.
 std::unique_ptr<Tail> make_tail(int log_n, std::span<const u64> primes, const char* instructions,
-                                int word_bits);
+                                int word_bits, std::size_t inputs = 1);
 
 }  // namespace blindtail

@@ -146,7 +146,7 @@ void test_refusals(int word_bits) {
     CHECK(throws<std::invalid_argument>([&] { tail->encode_map(map, bytes(block).first(size)); }));
     CHECK(throws<std::invalid_argument>([&] { tail->add_encoded_map(map, bytes(block).first(size)); }));
   }
-  CHECK(throws<std::invalid_argument>([&] { tail->map_bytes(3, kSlots + 1); }));
+  CHECK(throws<std::invalid_argument>([&] { tail->map_bytes(3, 64 * kSlots + 1); }));
   CHECK(throws<std::invalid_argument>([&] { tail->map_bytes(3, ~std::size_t{0}); }));
   for (const std::size_t count : {std::size_t{0}, kSlots + 1, 4 * kSlots - 1}) {
     MapDescription map = maps.upper();

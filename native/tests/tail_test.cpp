@@ -9,47 +9,17 @@
 
 #include "body.hpp"
 #include "check.hpp"
+#include "tail_check.hpp"
 
 using namespace blindtail;
 
 namespace {
 
-constexpr int kLogN = 11;
-constexpr std::size_t kN = std::size_t{1} << kLogN;
-const std::vector<KeyShape> kKeys{{0, 2}, {3, 3}, {9, 3}, {5, 2}, {25, 1}, {2 * kN - 1, 0}};
-
-/// Five primes = 1 mod 2N below 2^30, the special one last.
-std::vector<u64> primes() {
-  const auto prime = [](u64 q) {
-    for (u64 d = 3; d * d <= q; d += 2)
-      if (q % d == 0) return false;
-    return true;
-  };
-  std::vector<u64> found;
-  for (u64 q = (u64{1} << 30) - 2 * kN + 1; found.size() < 5; q -= 2 * kN)
-    if (prime(q)) found.push_back(q);
-  return found;
-}
-
-const std::vector<u64> kPrimes = primes();
-
-std::vector<std::uint8_t> seeded_body(const std::vector<u64>& of, std::mt19937_64& random) {
-  std::vector<std::vector<u64>> words(of.size(), std::vector<u64>(kN));
-  std::vector<const u64*> rows;
-  for (std::size_t j = 0; j < of.size(); ++j) {
-    for (u64& word : words[j]) word = random() % of[j];
-    rows.push_back(words[j].data());
-  }
-  std::uint8_t seed[kSeedBytes];
-  for (auto& byte : seed) byte = static_cast<std::uint8_t>(random());
-  return write_seeded<u64>(of, kN, seed, rows.data());
-}
-
 /// A tail with keys: a map with baby and giant steps and folds, a square, a map with two groups of folds. If
 /// `joined`, no chain: a product with the input and a sum besides, and the last map reads the input as well.
 struct Subject {
   std::unique_ptr<Tail> tail;
-  std::vector<Buffer<std::uint8_t>> memory;
+  TestKeys held;
   std::unique_ptr<Tail::LoadedKeys> keys;
 
   Subject(const char* instructions, int word_bits, bool joined = false)
@@ -82,26 +52,9 @@ struct Subject {
       tail->add_map({1, {1, 25}, {{{0, 0}, {1, 1}}}, 1, folds, half, 1e8, bias, 5e7});
     }
     tail->finish(8, 3);
-    std::vector<StoredKey> stored;
-    for (const KeyShape& shape : kKeys) {
-      std::vector<std::uint8_t> body;
-      for (std::size_t digit = 0; digit <= shape.level; ++digit) {
-        const auto part = seeded_body(level_primes(kPrimes, shape.level), random);
-        body.insert(body.end(), part.begin(), part.end());
-      }
-      Buffer<std::uint8_t> out(tail->key_bytes(shape.level));
-      tail->prepare_key(shape, body, {out.data(), out.size()});
-      memory.push_back(std::move(out));
-      stored.push_back({shape, {memory.back().data(), memory.back().size()}});
-    }
-    keys = tail->load_keys(stored);
+    keys = held.load(*tail, random);
   }
 };
-
-std::vector<std::uint8_t> request(unsigned seed) {
-  std::mt19937_64 random(seed);
-  return seeded_body({kPrimes.begin(), kPrimes.end() - 1}, random);
-}
 
 void test_all_alike(bool joined) {
   const std::vector<std::uint8_t> body = request(2), other = request(3);

@@ -36,7 +36,7 @@ class Owner:
         """The slots of an encrypted activation, decrypted by SEAL itself."""
         spec, api = program(self.case).spec, sealio.api()
         seal = sealio.SealContext.of(spec.parameters)
-        read = container.read_ciphertext(spec, data)
+        (read,) = container.read_ciphertexts(spec, data)
         stream = sealio.ciphertext_stream(
             seal.parms_ids[spec.input_level], spec.input_scale, True, read.c0, seed=read.seed
         )
@@ -70,7 +70,7 @@ def test_a_container_made_with_a_ticket_is_one_like_any_other(owner: Owner) -> N
     seed = ticket.seed
     data = owner.encryptor.encrypt(x, ticket)
     assert len(data) == spec.uplink_bytes == len(owner.encryptor.encrypt(x))
-    assert container.read_ciphertext(spec, data).seed == seed
+    assert container.read_ciphertexts(spec, data)[0].seed == seed
     assert ticket.used
     # Its noise has the size of a fresh encryption's: more than five sizes off in no slot.
     error = owner.opened(data) - spec.input_layout.place(x)
@@ -102,10 +102,10 @@ def test_message_and_ticket_add_up_modulo_each_prime(small: Owner) -> None:
     assert before.shape == (spec.input_level + 1, spec.parameters.ring_degree)
     assert before.nbytes == (spec.input_level + 1) * spec.parameters.ring_degree * 8
     x = small.activation()
-    plain = small.encryptor._encoded(x)
+    (plain,) = small.encryptor._encoded(x)
     message = sealio.parse_plaintext(sealio.saved_members(plain), spec.input_level + 1)
     assert [plain.data(i) for i in range(0, message.size, 999)] == message.reshape(-1)[::999].tolist()
-    c0 = container.read_ciphertext(spec, small.encryptor.encrypt(x, ticket)).c0
+    c0 = container.read_ciphertexts(spec, small.encryptor.encrypt(x, ticket))[0].c0
     for row, prime in enumerate(spec.parameters.primes[: spec.input_level + 1]):
         assert ((before[row] + message[row]) % np.uint64(prime) == c0[row]).all()
 

@@ -17,10 +17,10 @@ def test_every_part_is_timed(word_bits: int) -> None:
     for part in ("ntt", "inverse", "automorphism", "rotation", "hoisted", "shared", "square"):
         seconds = timer.run(part, 4)
         assert len(seconds) == 4
-        assert all(0 < s < 1 for s in seconds)
+        assert all(0 < s < 60 for s in seconds)
     stages = timer.stages(1_000_000, rotations=2, diagonals=3, times=4)
     assert len(stages) == 4
-    assert all(len(one) == 8 and all(0 < s < 1 for s in one) for one in stages)
+    assert all(len(one) == 8 and all(0 < s < 60 for s in one) for one in stages)
     with pytest.raises(ValueError, match="no more than there are keys"):
         timer.stages(1_000_000, rotations=4, diagonals=1, times=1)
     assert min(timer.run("shared", 3)) > min(timer.run("ntt", 3))

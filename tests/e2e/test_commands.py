@@ -46,9 +46,16 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path
         if not seen and progress.step == "answering":
             seen.update(_marked(mark))
 
-    # A deadline that no offload can meet: exits answer the second half.
+    # A deadline that offloads meet on a busy machine too, then one that none can: exits answer the rest.
     config = DemoConfig(
-        out=out, images=IMAGES, rate_bps=100e6, delay_s=0.002, tighter_s=0.02, images_per_s=12
+        out=out,
+        images=IMAGES,
+        rate_bps=100e6,
+        delay_s=0.002,
+        deadline_s=30.0,
+        tighter_s=0.02,
+        images_per_s=12,
+        start_timeout_s=200.0,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BLINDTAIL_TEST_MARK", mark)
@@ -75,7 +82,8 @@ def test_the_exit_mix_follows_the_objective(demo: Any) -> None:
     assert first["version"] < second["version"]
     assert second["edges"] == 2
     assert first["routes"]["tail"] > 0
-    assert second["images"] >= IMAGES // 4
+    # However long the operator's command takes, the other half comes after it.
+    assert first["images"] == second["images"] == IMAGES // 2
     assert second["offloaded_share"] == 0.0
     assert "tail" not in second["routes"]
 

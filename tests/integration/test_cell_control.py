@@ -50,7 +50,7 @@ def test_models_and_load_reach_the_orchestrator(orchestrator: LocalOrchestrator,
     registry = CollectorRegistry()
     with cell_for(orchestrator.address, tmp_path, registry) as cell:
         assert cell.control is not None
-        assert cell.control.wait_connected(5)
+        assert cell.control.wait_connected(20)
         assert registry.get_sample_value("blindtail_cloud_orchestrator_attached") == 1
         with secure_channel(cell.address, INSECURE_LOOPBACK) as channel:
             client = Client(TailStub(channel))
@@ -75,11 +75,11 @@ def test_models_and_load_reach_the_orchestrator(orchestrator: LocalOrchestrator,
         assert load.key_store_bytes > 0
         timings = {s.step: s for r in set_of(seen) for s in r.steps}
         assert set(timings) == {"evaluate", "queue"}
-        assert 0 < timings["evaluate"].p50_s <= timings["evaluate"].p95_s < 5
+        assert 0 < timings["evaluate"].p50_s <= timings["evaluate"].p95_s < 60
         cell.drain(0.0)
         until(lambda: (fleet(orchestrator)[0].report.load or load).draining)
         start_s = time.monotonic()
-    assert time.monotonic() - start_s < 3
+    assert time.monotonic() - start_s < 15
     until(lambda: fleet(orchestrator) == [])
 
 
@@ -102,7 +102,7 @@ def test_a_cell_serves_without_its_orchestrator(tmp_path: Path) -> None:
             assert client.upload_and_wait() is KeyState.READY
             assert client.evaluate(client.register().session, 1).eval_s > 0
         with LocalOrchestrator(port=port, config=OrchestratorConfig(report_interval_s=0.1)) as orchestrator:
-            assert cell.control.wait_connected(5)
+            assert cell.control.wait_connected(20)
             until(lambda: [p.report.load for p in fleet(orchestrator)] != [None])
         until(lambda: cell.control is not None and not cell.control.connected)
         # Stopped and started, it is another process to the orchestrator.
@@ -115,7 +115,7 @@ def test_a_busy_gateway_is_not_waited_for(orchestrator: LocalOrchestrator, tmp_p
     """The gateway's loop stands still: the stream stays, with what is known."""
     with cell_for(orchestrator.address, tmp_path) as cell:
         assert cell.control is not None
-        assert cell.control.wait_connected(5)
+        assert cell.control.wait_connected(20)
 
         until(lambda: [p.report.models for p in fleet(orchestrator)] == [(("toy", "1"),)])
 

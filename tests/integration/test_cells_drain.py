@@ -28,7 +28,7 @@ from orchestrator.policy import ExitThreshold
 from tests.cell_pair import cell_pair, transfers, until, uploads
 from tests.edge_fakes import bundle_of, image, program
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 UNSURE = image(1, 60)
 MODEL = CloudBundle("toy", "1", {2: program()})
 
@@ -69,7 +69,7 @@ class Stream:
 
     def _run(self) -> None:
         while not self._end.wait(0.005):
-            answer = self.edge.infer(UNSURE, deadline_s=5.0)
+            answer = self.edge.infer(UNSURE, deadline_s=20.0)
             self.answers.append((time.monotonic(), answer))
 
     def count(self, number: int) -> None:
@@ -103,8 +103,8 @@ def test_a_drain_causes_no_fallback_and_there_is_no_way_back(tmp_path: Path, key
         with Stream(edge) as stream:
             stream.count(20)
             drained_s = time.monotonic()
-            status = a.drain(10.0)
-            assert time.monotonic() - drained_s < 6  # not the whole grace: everybody has gone
+            status = a.drain(40.0)
+            assert time.monotonic() - drained_s < 30  # not the whole grace: everybody has gone
             assert (status.draining, status.sessions, status.waiting) == (True, 0, 0)
             assert cell_of(edge) == b.address
             a.stop()
@@ -118,7 +118,7 @@ def test_a_drain_causes_no_fallback_and_there_is_no_way_back(tmp_path: Path, key
         assert (uploads(a), uploads(b)) == (1, 0)
         a.start()
         time.sleep(0.3)
-        assert edge.infer(UNSURE, 5.0).route == "tail"
+        assert edge.infer(UNSURE, 20.0).route == "tail"
         assert cell_of(edge) == b.address
 
 
@@ -126,8 +126,8 @@ def test_a_dead_cell_is_left_at_once_without_an_upload(tmp_path: Path, keys: Pat
     with cell_pair(tmp_path, MODEL) as (a, b), ready_edge(a, f"{a.address},{b.address}", keys) as edge:
         a.stop()
         start_s = time.monotonic()
-        until(lambda: edge.infer(UNSURE, 5.0).route == "tail")
-        assert time.monotonic() - start_s < 3
+        until(lambda: edge.infer(UNSURE, 20.0).route == "tail")
+        assert time.monotonic() - start_s < 15
         assert cell_of(edge) == b.address
         assert uploads(b) == 0
 
@@ -138,7 +138,7 @@ def test_a_cell_names_others_and_an_edge_that_knew_one_address_survives(tmp_path
         a.config = replace(a.config, others=(b.address, "elsewhere.example:1"))
         with a, b, ready_edge(a, a.address, keys) as edge:
             a.stop()
-            until(lambda: edge.infer(UNSURE, 5.0).route == "tail")
+            until(lambda: edge.infer(UNSURE, 20.0).route == "tail")
             assert cell_of(edge) == b.address
             assert uploads(b) == 0
 
@@ -153,7 +153,7 @@ def test_with_nowhere_to_go_an_edge_is_answered_to_the_end(tmp_path: Path, keys:
             start_s = time.monotonic()
             from_here = len(stream.answers)
             assert cell.drain().sessions == 1
-            assert 0.5 < time.monotonic() - start_s < 3
+            assert 0.5 < time.monotonic() - start_s < 20
             stream.count(5)
             assert {x.fallback for _, x in stream.answers[from_here:]} == {None}
             assert edge.status().tails[2].registrations == 1
@@ -163,7 +163,7 @@ def test_with_nowhere_to_go_an_edge_is_answered_to_the_end(tmp_path: Path, keys:
             # An edge that starts now has no other cell either.
             with edge_at(cell.address, keys) as late:
                 assert late.wait_ready(30), late.status()
-                assert late.infer(UNSURE, 5.0).route == "tail"
+                assert late.infer(UNSURE, 20.0).route == "tail"
             assert not cell.resume().draining
             until(lambda: stub.serving(5))
 

@@ -99,10 +99,8 @@ def test_keys_that_a_peer_holds_are_fetched_while_the_edge_waits(tmp_path: Path)
 def test_keys_that_nobody_holds_are_missing_at_once(tmp_path: Path) -> None:
     with cell_pair(tmp_path, bundle()) as (_, b):
         client = client_of(b)
-        start_s = time.monotonic()
         assert state_of(client) is KeyState.MISSING
         assert client.register().keys is KeyState.MISSING  # the peers are not asked again just now
-        assert time.monotonic() - start_s < 2
         assert transfers(b, "fetched", "KeysMissing") == 1
         assert client.upload_and_wait() is KeyState.READY
         assert answers(client)

@@ -21,6 +21,7 @@ import pytest
 
 from blindtail.errors import BlindtailError, EvaluationFailed, SessionLost, TailError, TailUnavailable
 from blindtail.he.native_backend import available
+from blindtail.serving import probe_port
 from blindtail.wire import EvaluateResult, KeyState, TicketsTaken
 from tests.cell_process import Running, alive, all_gone, descendants, launch, until_ready, wait_for
 from tests.cloud_cases import Client, activation, expected, program
@@ -289,14 +290,13 @@ def test_what_is_wrong_is_told_before_ray_starts(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        start_s = time.monotonic()
         running = launch(tmp_path / "port", "--port", str(port))
         code, _, err = running.ended()
         assert code != 0
         assert "ConfigError" in err
         assert f":{port}" in err
         assert "--port" in err
-        assert time.monotonic() - start_s < 20
+        assert "Ray" not in err
     damaged = launch(tmp_path / "damaged", str(tmp_path / "no.bt"))
     _, _, err = damaged.ended()
     assert "BundleError" in err
@@ -314,10 +314,20 @@ def test_errors_cross_the_actors_as_what_they_are() -> None:
     assert issubclass(TailError, BlindtailError)
 
 
+def tickets_made(running: Running) -> int:
+    with urllib.request.urlopen(f"http://127.0.0.1:{running.metrics_port}/metrics", timeout=10) as reply:
+        lines = reply.read().decode().splitlines()
+    mark = 'blindtail_cloud_tickets_total{event="made"'
+    return sum(int(float(line.rsplit(" ", 1)[1])) for line in lines if line.startswith(mark))
+
+
 @pytest.mark.skipif(not available(), reason="tickets are the native backend's, and it was not built")
 def test_tickets_across_processes_and_a_crash(tmp_path: Path) -> None:
     device = Device.of(program(), tmp_path)
-    running = launch(tmp_path / "cell", "--evaluators", "1", "--backend", "native")
+    port = probe_port("127.0.0.1", 0)
+    flags = ("--evaluators", "1", "--backend", "native", "--metrics-port", str(port))
+    running = launch(tmp_path / "cell", *flags)
+    running.metrics_port = port
     try:
         assert until_ready(running)["backend"] == "native"
         client = device.client(running.read()["address"])
@@ -327,7 +337,7 @@ def test_tickets_across_processes_and_a_crash(tmp_path: Path) -> None:
         want = [client.evaluate(session, container=c).container for c in containers]
 
         assert offer(client, session, containers[:2]) == TicketsTaken(2, 16)
-        time.sleep(1.0)  # each takes milliseconds
+        wait_for(lambda: tickets_made(running) == 2, "no tickets were made")
         got = [client.evaluate(session, container=c) for c in containers[:3]]
         assert [reply.container for reply in got] == want[:3]
         assert [reply.ticket for reply in got] == [True, True, False]
@@ -335,14 +345,14 @@ def test_tickets_across_processes_and_a_crash(tmp_path: Path) -> None:
         assert (again.container, again.ticket) == (want[0], False)
 
         assert offer(client, session, containers[3:]).accepted == 3
-        time.sleep(1.0)
+        wait_for(lambda: tickets_made(running) == 5, "no more tickets were made")
         os.kill(running.read()["evaluators"][0]["pid"], signal.SIGKILL)
         got = [persistent(partial(client.evaluate, session, container=c)) for c in containers[3:5]]
         assert [reply.container for reply in got] == want[3:5]
         assert not any(reply.ticket for reply in got)
         (fresh,) = device.containers(1)
         assert offer(client, session, [fresh]).accepted == 1
-        time.sleep(1.0)
+        wait_for(lambda: tickets_made(running) == 6, "no ticket was made after the crash")
         assert client.evaluate(session, container=fresh).ticket
     finally:
         running.stop()

@@ -262,10 +262,18 @@ def test_an_upload_is_resumed_after_its_connection_broke(cell: LocalCell) -> Non
     header = KeyHeader(edge.spec.program_id, edge.sha256, edge.spec.key_bytes, 0)
     broken = secure_channel(cell.address, INSECURE_LOOPBACK)
 
+    def arrived() -> None:
+        end_s = time.monotonic() + 20
+        while (
+            edge.stub.key_status(KeyStatusCall(edge.spec.program_id, edge.sha256), 5).received_bytes < 150_000
+            and time.monotonic() < end_s
+        ):
+            time.sleep(0.02)
+
     def pieces() -> Iterator[bytes]:
         yield edge.keys[:100_000]
         yield edge.keys[100_000:150_000]
-        time.sleep(0.3)
+        arrived()
         broken.close()
         yield edge.keys[150_000:200_000]
 

@@ -82,11 +82,11 @@ def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
 
 def recovers(edge: EdgeRuntime) -> None:
     """Soon the tail answers again."""
-    until(lambda: edge.infer(UNSURE, 5.0).route == "tail", 30.0)
+    until(lambda: edge.infer(UNSURE, 20.0).route == "tail", 30.0)
 
 
 def test_the_tail_answers(edge: EdgeRuntime) -> None:
-    answer = edge.infer(UNSURE, deadline_s=5.0)
+    answer = edge.infer(UNSURE, deadline_s=20.0)
     assert (answer.route, answer.fallback) == ("tail", None)
     assert answer.label != 1  # the tail prefers dark pixels, the exits bright ones
     assert answer.uplink_bytes > 0
@@ -129,24 +129,28 @@ def test_a_bad_reply_is_refused_and_the_next_good_one_answers(
 ) -> None:
     before = cell.evaluated
     cell.behaviour = lie
-    answer = edge.infer(UNSURE, deadline_s=5.0)
+    answer = edge.infer(UNSURE, deadline_s=20.0)
     assert (answer.label, answer.route, answer.fallback) == (1, "exit2", "refused")
     assert cell.evaluated == before + 1
     cell.behaviour = None
-    assert edge.infer(UNSURE, deadline_s=5.0).route == "tail"
+    assert edge.infer(UNSURE, deadline_s=20.0).route == "tail"
 
 
 def test_a_late_reply_is_answered_by_an_exit_in_time(edge: EdgeRuntime, cell: ScriptedCell) -> None:
+    over = threading.Event()
+
     def late(_: int, __: EvaluateCall, reply: bytes) -> bytes:
-        time.sleep(1.5)
+        over.wait(30)
         return reply
 
     cell.behaviour = late
-    start_s = time.monotonic()
-    answer = edge.infer(UNSURE, deadline_s=0.4)
-    took_s = time.monotonic() - start_s
+    try:
+        answer = edge.infer(UNSURE, deadline_s=0.4)
+        assert not over.is_set()  # the reply had not come: an exit answered without it
+    finally:
+        over.set()
     assert answer.fallback == "deadline"
-    assert took_s < 1.2  # the bound of 50 ms is for a machine that is not running tests
+    assert answer.timings.total_s < 15  # the bound of 50 ms is for a machine that is not running tests
 
 
 @pytest.mark.parametrize(
@@ -165,7 +169,7 @@ def test_faults_that_the_cloud_names(
         raise fault
 
     cell.behaviour = fail
-    assert edge.infer(UNSURE, deadline_s=5.0).fallback == reason
+    assert edge.infer(UNSURE, deadline_s=20.0).fallback == reason
     cell.behaviour = None
     recovers(edge)
 
@@ -179,37 +183,40 @@ def test_one_crash_is_repaired_by_sending_the_same_bytes_again(edge: EdgeRuntime
         return reply
 
     cell.behaviour = once
-    assert edge.infer(UNSURE, deadline_s=5.0).route == "tail"
+    assert edge.infer(UNSURE, deadline_s=20.0).route == "tail"
     (a, zero), (b, one) = cell.attempts[-2:]
     assert (a, zero, one) == (b, 0, 1)
 
 
 def test_the_cloud_dies_before_an_evaluation(edge: EdgeRuntime, cell: ScriptedCell) -> None:
     cell.stop()
-    assert edge.infer(UNSURE, deadline_s=5.0).fallback == "unavailable"
+    assert edge.infer(UNSURE, deadline_s=20.0).fallback == "unavailable"
     until(lambda: edge.status().tails[2].state is TailState.AWAY)
-    assert edge.infer(UNSURE, deadline_s=5.0).fallback == "unavailable"
+    assert edge.infer(UNSURE, deadline_s=20.0).fallback == "unavailable"
     cell.forget()
     cell.start()
     recovers(edge)
 
 
 def test_the_cloud_dies_during_an_evaluation(edge: EdgeRuntime, cell: ScriptedCell) -> None:
-    began = threading.Event()
+    began, over = threading.Event(), threading.Event()
 
     def hang(_: int, __: EvaluateCall, reply: bytes) -> bytes:
         began.set()
-        time.sleep(1.0)
+        over.wait(30)
         return reply
 
     cell.behaviour = hang
     answers: list[Any] = []
     thread = threading.Thread(target=lambda: answers.append(edge.infer(UNSURE, deadline_s=20.0)))
     thread.start()
-    assert began.wait(10)
-    cell.stop()
-    thread.join(15)
-    assert not thread.is_alive()
+    try:
+        assert began.wait(15)
+        cell.stop()
+        thread.join(15)
+        assert not thread.is_alive()
+    finally:
+        over.set()
     assert answers[0].fallback == "unavailable"
     cell.behaviour = None
     cell.start()
@@ -217,7 +224,7 @@ def test_the_cloud_dies_during_an_evaluation(edge: EdgeRuntime, cell: ScriptedCe
 
 
 def test_the_cloud_dies_after_an_evaluation(edge: EdgeRuntime, cell: ScriptedCell) -> None:
-    assert edge.infer(UNSURE, deadline_s=5.0).route == "tail"
+    assert edge.infer(UNSURE, deadline_s=20.0).route == "tail"
     cell.stop()
     cell.forget(keys=True)
     cell.start()
@@ -226,17 +233,17 @@ def test_the_cloud_dies_after_an_evaluation(edge: EdgeRuntime, cell: ScriptedCel
 
 
 def test_keys_evicted_between_two_requests_are_uploaded_again(edge: EdgeRuntime, cell: ScriptedCell) -> None:
-    assert edge.infer(UNSURE, deadline_s=5.0).route == "tail"
+    assert edge.infer(UNSURE, deadline_s=20.0).route == "tail"
     cell.forget(keys=True, sessions=False)
     received = cell.received
-    assert edge.infer(UNSURE, deadline_s=5.0).fallback == "keys"
+    assert edge.infer(UNSURE, deadline_s=20.0).fallback == "keys"
     recovers(edge)
     assert cell.received == received + program().spec.key_bytes
 
 
 def test_a_forgotten_session_is_registered_again(edge: EdgeRuntime, cell: ScriptedCell) -> None:
     cell.forget()
-    assert edge.infer(UNSURE, deadline_s=5.0).fallback == "session"
+    assert edge.infer(UNSURE, deadline_s=20.0).fallback == "session"
     received = cell.received
     recovers(edge)
     assert cell.received == received
@@ -259,7 +266,7 @@ def test_infer_answers_while_keys_are_made_and_uploaded(cell: ScriptedCell, tmp_
             answer = edge.infer(UNSURE, deadline_s=1.0)
             assert answer.label == 1 or answer.route == "tail"
             states.add(edge.status().tails[2].state)
-        assert edge.infer(UNSURE, deadline_s=5.0).route == "tail"
+        assert edge.infer(UNSURE, deadline_s=20.0).route == "tail"
     assert TailState.UPLOADING in states
 
 
@@ -296,7 +303,7 @@ def test_a_link_that_goes_silent_is_noticed_and_comes_back(cell: ScriptedCell, k
         link.stall()
         for _ in range(3):
             assert edge.infer(UNSURE, deadline_s=0.3).fallback == "deadline"
-        until(lambda: edge.infer(UNSURE, deadline_s=0.3).fallback == "unavailable", 10.0)
+        until(lambda: edge.infer(UNSURE, deadline_s=0.3).fallback == "unavailable", 30.0)
         link.resume()
         recovers(edge)
 
@@ -369,4 +376,4 @@ def test_a_key_process_without_its_parent_ends(tmp_path: Path) -> None:
             break  # now it tries to upload, for a minute
     process.stdin.close()
     process.stdout.close()
-    assert process.wait(10) == 2
+    assert process.wait(60) == 2

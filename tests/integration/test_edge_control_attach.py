@@ -61,7 +61,7 @@ def hand_down(
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
-    end_s = time.monotonic() + 15
+    end_s = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < end_s, what
         time.sleep(0.02)
@@ -194,15 +194,15 @@ def test_over_mutual_tls_and_through_a_renewal(tmp_path: Path) -> None:
 
         identity, old_s = stream()
         assert identity == "edge:camera-7"
-        time.sleep(0.5)
-        assert stream()[1] > old_s + 0.4  # ages grow: a younger stream is another one
+        time.sleep(2.0)
+        assert stream()[1] > old_s + 1.9  # ages grow: a younger stream is another one
         client("camera-7", Role.EDGE, renew=True)
         issue(ca, "control-1", Role.ORCHESTRATOR, renew=True)
 
         def dialled_again() -> bool:
             with orchestrator.policies(alice) as operator:
                 peers = operator.fleet()
-            return len(peers) == 1 and peers[0].attached_s < old_s + 0.4
+            return len(peers) == 1 and peers[0].attached_s < old_s + 1.9
 
         wait_for(dialled_again, "the renewed certificate was not used")
         hand_down(orchestrator, "edge-only", credentials=alice)

@@ -143,7 +143,7 @@ def test_an_upload_that_stands_still_is_broken_off_and_resumed(tmp_path: Path) -
         start_s = time.monotonic()
         events = upload(cell, tmp_path / "state", progress_timeout_s=1.0)
         assert events[-1] == "uploaded"
-        assert 1.0 < time.monotonic() - start_s < 25.0
+        assert 1.0 < time.monotonic() - start_s < 60.0
 
 
 def test_an_upload_gives_up_when_nobody_answers(tmp_path: Path) -> None:

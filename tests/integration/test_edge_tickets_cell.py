@@ -18,6 +18,7 @@ from cloud.local import LocalCell
 from edge.runtime import EdgeRuntime
 from tests.edge_fakes import FEATURES, bundle_of, image, program
 from tests.scripted_cell import ScriptedCell
+from tests.ticket_cases import tickets_in
 
 pytestmark = pytest.mark.timeout(120)
 ZOO = Path(__file__).resolve().parents[2] / "blindtail" / "models" / "zoo" / "fashion"
@@ -33,6 +34,13 @@ def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
 def at_hand(edge: EdgeRuntime) -> int:
     (tail,) = edge.status().tails.values()
     return tail.tickets
+
+
+def made(cell: LocalCell) -> None:
+    """Waits until the cell has made a ticket of every seed that it was told."""
+    assert cell.gateway is not None
+    book = cell.gateway.ahead.book
+    until(lambda: not book.waiting and tickets_in(cell) == len(book))
 
 
 def opened(cell: LocalCell, folder: Path, tickets: int) -> EdgeRuntime:
@@ -74,7 +82,7 @@ def test_answers_by_ticket_are_the_answers(cell: LocalCell, folder: Path) -> Non
         assert edge.wait_ready(60), edge.status()
         for x in pixels:
             until(lambda: at_hand(edge) == 4)
-            time.sleep(0.05)  # the cell makes the last one
+            made(cell)
             paced.append(edge.infer(x))
         assert edge.status().by_ticket >= 10
         # Faster than tickets are made: they run out, and the normal way answers.
@@ -128,7 +136,7 @@ def test_a_session_that_the_cell_forgot_comes_back_with_new_tickets(cell: LocalC
         answer = edge.infer(pictures(1)[0])
         assert answer.fallback == "session"
         until(lambda: edge.status().ready and at_hand(edge) == 2)
-        time.sleep(0.05)
+        made(cell)
         assert edge.infer(pictures(1)[0]).extra.get("ticket") == 1.0
 
 

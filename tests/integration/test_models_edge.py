@@ -64,14 +64,14 @@ def test_an_edge_through_canary_withdrawal_and_return(
         assert "nor any other yet" in device.status().tails[2].problem
         operator.push(tmp_path / "old.bt")
         until(lambda: device.status().tails[2].state is TailState.READY, 60.0)
-        own = device.infer(UNSURE, deadline_s=5.0)
+        own = device.infer(UNSURE, deadline_s=20.0)
         assert (own.route, own.fallback) == ("tail", None)
         uploads = device.status().tails[2].registrations
 
         # Another version answers: the same label, no new session, no new keys.
         operator.push(tmp_path / "new.bt")
         operator.canary(bundle.model, "new", 1)
-        answer = device.infer(UNSURE, deadline_s=5.0)
+        answer = device.infer(UNSURE, deadline_s=20.0)
         assert (answer.route, answer.label) == ("tail", own.label)
         assert {e.version: e.requests for e in operator.models()}["new"] == 1
         assert device.status().tails[2].registrations == uploads
@@ -79,9 +79,9 @@ def test_an_edge_through_canary_withdrawal_and_return(
         # Withdrawn: the first request that meets it, and those after it, are answered by exits.
         operator.rollback(bundle.model)
         operator.drop(bundle.model, bundle.version)
-        answer = device.infer(UNSURE, deadline_s=5.0)
+        answer = device.infer(UNSURE, deadline_s=20.0)
         assert (answer.route, answer.fallback) == ("exit2", "refused")
-        answer = device.infer(UNSURE, deadline_s=5.0)
+        answer = device.infer(UNSURE, deadline_s=20.0)
         assert (answer.route, answer.fallback) == ("exit2", "unavailable")
         status = device.status().tails[2]
         assert status.state is TailState.MISMATCH
@@ -91,4 +91,4 @@ def test_an_edge_through_canary_withdrawal_and_return(
         # Pushed again: the edge comes back by itself, with its keys.
         operator.push(tmp_path / "old.bt")
         until(lambda: device.status().tails[2].state is TailState.READY, 60.0)
-        assert device.infer(UNSURE, deadline_s=5.0).route == "tail"
+        assert device.infer(UNSURE, deadline_s=20.0).route == "tail"

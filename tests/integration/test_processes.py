@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,8 @@ grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(10
 part = folder / "part"
 part.write_text(json.dumps({"grandchild": grandchild.pid}))
 part.rename(folder / "announce.json")
+if mode == "leave":
+    sys.exit(0)
 if mode == "quick":
     grandchild.kill()
     grandchild.wait()
@@ -54,10 +55,15 @@ def test_stop_ends_the_whole_family(mode: str, tmp_path: Path, monkeypatch: pyte
         assert _alive(child.pid)
         assert _alive(grandchild)  # positive control of `_alive`
         child.stop(grace_s=0.5)
-    end_s = time.monotonic() + 5
-    while (_alive(child.pid) or _alive(grandchild)) and time.monotonic() < end_s:
-        time.sleep(0.05)
-    assert not _alive(child.pid)
+        assert not _alive(child.pid)
+        assert not _alive(grandchild)
+
+
+def test_what_outlives_its_parents_is_ended_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with _child("leave", tmp_path, monkeypatch) as child:
+        grandchild = child.announcement(tmp_path / "announce.json", 30.0)["grandchild"]
+        assert child.wait(30.0) == 0
+        assert _alive(grandchild)  # nobody's child by now
     assert not _alive(grandchild)
 
 

@@ -142,12 +142,12 @@ def test_a_cloud_that_dies_between_segments_leaves_the_answer_to_an_exit(tmp_pat
         with runtime(cell, tmp_path / "edge") as edge:
             assert edge.wait_ready(60)
             sent = _interrupted(edge, 1, cell.stop)
-            answer = edge.infer(images(1)[0], deadline_s=5)
+            answer = edge.infer(images(1)[0], deadline_s=20)
             report = edge._accounting.take()
         assert (answer.route, answer.fallback) == ("exit1", "unavailable")
         assert answer.extra["round_trips"] == 1
         assert set(sent) == {0, 1}
-        assert answer.timings.total_s < 5.05
+        assert answer.timings.total_s < 20.05
         assert answer.reply_bytes > 0
         # A reply was still owed: the cloud knows, and so may the orchestrator.
         assert report.fallbacks == {"unavailable": 1}
@@ -161,11 +161,11 @@ def test_the_cell_may_come_back_between_segments(tmp_path: Path) -> None:
         with runtime(cell, tmp_path / "edge") as edge:
             assert edge.wait_ready(60)
             _interrupted(edge, 2, cell.forget_sessions)
-            assert edge.infer(images(1)[0], deadline_s=5).fallback == "session"
+            assert edge.infer(images(1)[0], deadline_s=20).fallback == "session"
             (tail,) = edge._tails.values()
             del tail.evaluate  # type: ignore[attr-defined]
             assert edge.wait_ready(30)
-            assert edge.infer(images(1)[0], deadline_s=10).route == "tail"
+            assert edge.infer(images(1)[0], deadline_s=20).route == "tail"
         assert uploads(cell) == 1
 
 

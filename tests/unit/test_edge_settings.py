@@ -14,6 +14,7 @@ from PIL import Image
 from blindtail.config import load_config
 from blindtail.errors import ConfigError, DataError
 from blindtail.rpc import INSECURE_LOOPBACK, ClientTls, ClientTlsFiles
+from edge.app import _Pace
 from edge.config import EdgeConfig
 from edge.images import read_file, read_set, to_dtype
 from tests.certificates import certificates
@@ -137,3 +138,25 @@ def test_light_modules_stay_light(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
     control = code.replace(f"import sys, {module}", f"import sys, {module}, onnxruntime")
     assert subprocess.run([sys.executable, "-c", control], check=False, timeout=60).returncode == 1
+
+
+def test_a_gate_holds_images_back_until_it_is_gone(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    gate.write_text("2")
+    pace = _Pace(EdgeConfig(tmp_path / "edge.bt", gate=gate))
+    assert [pace.wait_s(number) <= 0 for number in range(4)] == [True, True, False, False]
+    gate.write_text("3")
+    assert [pace.wait_s(number) <= 0 for number in (2, 3)] == [True, False]
+    gate.unlink()
+    assert all(pace.wait_s(number) <= 0 for number in range(3, 9))
+    gate.write_text("many")
+    with pytest.raises(ConfigError, match="one number"):
+        _Pace(EdgeConfig(tmp_path / "edge.bt", gate=gate)).wait_s(0)
+
+
+def test_images_keep_their_pace(tmp_path: Path) -> None:
+    pace = _Pace(EdgeConfig(tmp_path / "edge.bt", images_per_s=1e-3))
+    assert pace.wait_s(0) <= 0
+    assert 900 < pace.wait_s(1) <= 1000  # the first one came at once
+    free = _Pace(EdgeConfig(tmp_path / "edge.bt"))
+    assert all(free.wait_s(number) <= 0 for number in range(9))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,8 @@ from blindtail.he.compiler import compile_tail
 from blindtail.he.layers import Affine, Quadratic
 from blindtail.he.normal import normalised
 from blindtail.he.program import MapOp, Program, landing_scale
+from blindtail.he.program_file import MAX_OPS
+from blindtail.he.sparse import Sparse
 from blindtail.he.spec import TailSpec
 from tests.he_cases import CASES, Case, activations, clear_logits, layers, program, rewritten_logits
 
@@ -184,6 +187,56 @@ def test_damaged_programs_are_refused() -> None:
         damage(s, t)
         with pytest.raises(BundleError):
             Program.from_parts(s, t)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("size", [2**20, 2**33, 2**62])
+def test_a_layout_that_claims_more_than_it_holds_is_refused_before_it_costs_memory(
+    sparse: bool, size: int
+) -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(40, 60)) * (rng.random((40, 60)) < 0.1)
+    structure, tensors = compile_tail([Affine(weight, np.zeros(40))], rng.uniform(-1, 1, (50, 60))).to_parts()
+    Program.from_parts(structure, tensors)  # the control
+    if sparse:  # a file may store any weight so, however small: its size then costs nothing
+        held = Sparse.of(tensors.pop("op0.weight"))
+        tensors |= {
+            "op0.weight.starts": held.starts,
+            "op0.weight.columns": held.columns,
+            "op0.weight.values": held.values,
+        }
+        structure["ops"][0]["sparse"] = [list(held.shape)]
+
+    def out(s: Any) -> None:
+        s["ops"][0]["out_layout"]["size"] = size
+
+    def into(s: Any) -> None:
+        s["spec"]["input_layout"]["size"] = size
+        if sparse:
+            s["ops"][0]["sparse"] = [[40, size]]
+
+    for damage in (out, into):
+        s = copy.deepcopy(structure)
+        damage(s)
+        tracemalloc.start()
+        try:
+            with pytest.raises(BundleError):
+                Program.from_parts(s, tensors)
+            assert tracemalloc.get_traced_memory()[1] < 4_000_000
+        finally:
+            tracemalloc.stop()
+
+
+def test_a_program_has_at_most_so_many_operations() -> None:
+    structure, tensors = program(CASES[1]).to_parts()
+    s = copy.deepcopy(structure)
+    s["ops"] = [copy.deepcopy(s["ops"][0]) for _ in range(MAX_OPS + 1)]
+    with pytest.raises(BundleError, match=f"between 1 and {MAX_OPS} operations"):
+        Program.from_parts(s, tensors)
+    s["ops"].pop()
+    with pytest.raises(BundleError) as caught:  # as many as there may be: something else is wrong with them
+        Program.from_parts(s, tensors)
+    assert f"between 1 and {MAX_OPS}" not in str(caught.value)
 
 
 @settings(max_examples=60, deadline=None)

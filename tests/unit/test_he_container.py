@@ -32,7 +32,7 @@ def _residues(spec: TailSpec, seed: int = 0) -> Seeded:
     return Seeded(c0, rng.bytes(64))
 
 
-GOOD = container.write_ciphertext(SPEC, _residues(SPEC))
+GOOD = container.write_ciphertexts(SPEC, [_residues(SPEC)])
 
 
 def _resealed(data: bytes) -> bytes:
@@ -64,12 +64,12 @@ def test_packing_refuses_lengths_and_padding() -> None:
 
 
 def test_a_ciphertext_comes_back_bit_for_bit() -> None:
-    back = container.read_ciphertext(SPEC, GOOD)
+    (back,) = container.read_ciphertexts(SPEC, GOOD)
     want = _residues(SPEC)
     assert back.seed == want.seed
     assert (back.c0 == want.c0).all()
     assert len(GOOD) == SPEC.uplink_bytes
-    assert container.read_ciphertext(SPEC, memoryview(bytearray(GOOD))).seed == want.seed
+    assert container.read_ciphertexts(SPEC, memoryview(bytearray(GOOD)))[0].seed == want.seed
 
 
 def test_a_reply_comes_back_to_within_the_dropped_bits() -> None:
@@ -77,9 +77,9 @@ def test_a_reply_comes_back_to_within_the_dropped_bits() -> None:
     q0, drop = SPEC.parameters.primes[0], SPEC.reply.c1_dropped_bits
     c0, c1 = rng.integers(0, q0, (2, N), dtype=np.uint64)
     c1[0] = q0 - 1  # the cell that reaches over the modulus
-    data = container.write_reply(SPEC, c0, c1)
+    data = container.write_reply(SPEC, [(c0, c1)])
     assert len(data) == SPEC.reply_bytes
-    back0, back1 = container.read_reply(SPEC, data)
+    ((back0, back1),) = container.read_reply(SPEC, data)
     stride = N // (2 * SPEC.reply.period)
     assert (back0[::stride] == c0[::stride]).all()
     off = np.ones(N, bool)
@@ -150,7 +150,7 @@ BAD: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 def test_bad_ciphertexts_are_refused(name: str) -> None:
     damage, says = BAD[name]
     with pytest.raises(ContainerError, match=says):
-        container.read_ciphertext(SPEC, damage(GOOD))
+        container.read_ciphertexts(SPEC, damage(GOOD))
 
 
 def test_bad_keys_and_replies_are_refused(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_bad_keys_and_replies_are_refused(tmp_path: Path) -> None:
     other = replace(spec, keys=spec.keys[:-1])
     with pytest.raises(ContainerError, match="cut or padded"):
         list(container.read_keys(other, keys))
-    reply = container.write_reply(SPEC, np.zeros(N, np.uint64), np.zeros(N, np.uint64))
+    reply = container.write_reply(SPEC, [(np.zeros(N, np.uint64), np.zeros(N, np.uint64))])
     with pytest.raises(ContainerError, match="not below its prime"):
         container.read_reply(SPEC, _resealed(reply[:HEADER_BYTES] + b"\xff" * 8 + reply[HEADER_BYTES + 8 :]))
     for at in (0, 30, HEADER_BYTES + 3, len(reply) - 1):
@@ -178,13 +178,13 @@ def test_bad_keys_and_replies_are_refused(tmp_path: Path) -> None:
 @given(st.integers(0, len(GOOD) - 1), st.integers(0, 7))
 def test_no_flipped_bit_goes_unnoticed(at: int, bit: int) -> None:
     with pytest.raises(ContainerError):
-        container.read_ciphertext(SPEC, _flip(GOOD, at, bit))
+        container.read_ciphertexts(SPEC, _flip(GOOD, at, bit))
 
 
 @settings(max_examples=100)
 @given(st.binary(max_size=400))
 def test_arbitrary_bytes_are_refused(data: bytes) -> None:
-    for read in (container.read_ciphertext, container.read_reply):
+    for read in (container.read_ciphertexts, container.read_reply):
         with pytest.raises(ContainerError):
             read(SPEC, data)
     with pytest.raises(ContainerError):

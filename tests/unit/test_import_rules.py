@@ -44,6 +44,7 @@ def breaks(file: str, module: str) -> str | None:
         allowed = file.startswith(("blindtail/models/", "blindtail/train/")) or file in (
             "blindtail/he/frontend.py",
             "blindtail/he/bases.py",
+            "blindtail/he/probes.py",
         )
         return None if allowed else "torch only in models, train and the front end"
     if _within(module, "tenseal") and not file.startswith("blindtail/he/"):
@@ -182,7 +183,11 @@ BLOCKED_BY_ROLE = [
     (
         "blindtail",
         ["edge", "cloud", "orchestrator", "ray", "torch", "tenseal"],
-        ["blindtail.models", "blindtail.train", "blindtail.he.frontend", "blindtail.he.bases"],
+        [
+            "blindtail.models",
+            "blindtail.train",
+            *(f"blindtail.he.{n}" for n in ("frontend", "bases", "probes")),
+        ],
     ),
 ]
 

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 from blindtail.errors import AccessDenied, ConfigError, ModelWithdrawn, ProgramMismatch
 from blindtail.he.clear import ClearDecryptor, ClearEncryptor
 from blindtail.he.compatible import differences
-from cloud.catalogue import MOST_HISTORY, Catalogue, Rule
+from blindtail.he.program import Program
+from cloud.catalogue import MOST_HISTORY, Catalogue, Rule, Version
 from cloud.engine import Engine
 from cloud.registry import Registry, draw
 from tests.cloud_cases import activation, clear_keys
 from tests.model_cases import logits_of, other_shape, retrained, version_of
+from tests.refresh_cases import packed
 
 
 def catalogue_of(*versions: str) -> Catalogue:
@@ -117,6 +119,31 @@ def test_draws_are_spread_and_belong_to_model_version_and_request() -> None:
     assert all(within(int(count), 4000, 0.1) for count in counts)
     other = np.array([draw("toy", "3", request) for request in ids(4000)])
     assert abs(np.corrcoef(got, other)[0, 1]) < 0.1
+
+
+def chain_of(version: str, last: str | None = None) -> Version:
+    """A version whose tail is refreshed; `last`: another last segment under the same first one."""
+    lead, *others = Version.of(packed()[1], "clear").entries.values()
+    entries = [replace(entry, model="toy", version=version) for entry in (lead, *others)]
+    if last is not None:
+        spec = replace(entries[-1].program.spec, program_id=last * 64)
+        entries[-1] = replace(entries[-1], program=Program(spec, entries[-1].program.ops))
+    return Version("toy", version, {entry.program_id: entry for entry in entries})
+
+
+def test_a_refreshed_tail_is_answered_by_one_version() -> None:
+    first = chain_of("1")
+    lead = next(iter(first.entries.values()))
+    both = Catalogue().with_version(first).with_version(chain_of("2"))
+    registry = registry_of(both.with_share("toy", "2", 1.0))
+    assert {registry.route(e, b"r" * 16).version for e in first.entries.values()} == {"2"}
+    # Another last segment: none of the offload's requests goes there.
+    partly = chain_of("3", "0")
+    assert partly.entries[lead.program_id].program is lead.program  # the control: the first one alone fits
+    assert not differences(partly.entries[lead.program_id].program.spec, lead.program.spec)
+    assert partly.counterpart(lead, first) is None
+    with pytest.raises(ConfigError, match="differs from 1 in segment:"):
+        Catalogue().with_version(first).with_version(partly).with_share("toy", "3", 1.0)
 
 
 # --- refusals -------------------------------------------------------------------

@@ -181,11 +181,7 @@ class _Layered(nn.Module):
     def __init__(self, inner: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.inner = inner
-        # The same weights whatever ran before: some give every image a sum of the same sign, and a
-        # branch that none of the compared images takes cannot be seen.
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.first, self.last = nn.Linear(12, 8), nn.Linear(8, 3)
+        self.first, self.last = nn.Linear(12, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.inner(self.first(x)))
@@ -199,7 +195,6 @@ class _Layered(nn.Module):
         (nn.Sequential(nn.ReLU(), nn.Linear(12, 3)), "before any layer with weights: cut the network after"),
         (_Layered(lambda x: F.relu(x) + torch.rand_like(x)), "random"),
         (_Layered(lambda x: F.relu(x - x.mean(0))), "batch"),
-        (_Layered(lambda x: x if x.sum() > 0 else -x), "depends on"),
         (nn.Sequential(nn.Flatten(), nn.ReLU()), "before any layer with weights|nothing of this tail"),
     ],
 )
@@ -207,6 +202,39 @@ def test_what_cannot_be_refreshed_is_told(net: nn.Module, words: str) -> None:
     x = np.random.default_rng(0).uniform(-1, 1, (8, 12))
     with pytest.raises(ModelError, match=words):
         refresh_tail(net.eval(), (12,), x, Refresh())
+
+
+class _Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x) if x.sum() > -1e9 else F.relu(-x)
+
+
+class _Rectified(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+
+def test_a_branch_on_values_is_refused_whichever_way_the_data_fall() -> None:
+    x = np.random.default_rng(0).uniform(-1, 1, (8, 12))
+    for inner, where in (
+        (
+            _Layered(lambda x: F.relu(x if x.sum() > -1e9 else -x)),
+            "the tail's own forward at test_refresh_nets",
+        ),
+        (nn.Sequential(nn.Linear(12, 8), _Branching(), nn.Linear(8, 3)), "1 .*test_refresh_nets.py:"),
+        (nn.Sequential(_Layered(_Branching())), "test_refresh_nets.py:"),
+    ):
+        with pytest.raises(ModelError, match=rf"(?s){where}.*\d") as caught:
+            refresh_tail(inner.eval(), (12,), x, Refresh())
+        assert "values" in str(caught.value)
+    # The same without a branch.
+    for plain in (
+        _Layered(F.relu),
+        nn.Sequential(nn.Linear(12, 8), _Rectified(), nn.Linear(8, 3)),
+        nn.Sequential(_Layered(_Rectified())),
+    ):
+        made = refresh_tail(plain.eval(), (12,), x, Refresh())
+        np.testing.assert_allclose(_chain(made, x[0]), _wanted(plain, (12,), x[0]), atol=1e-4)
 
 
 def test_refreshing_is_never_a_default() -> None:

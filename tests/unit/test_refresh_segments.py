@@ -204,8 +204,9 @@ def test_a_run_that_fits_is_one_segment_and_a_deep_one_the_fewest() -> None:
     assert divide([deep], ring_degree=4096).pieces == ((1, 1, 1, 1),)
     assert divide([deep], ring_degree=8192).segments == 2
     assert divide([deep]).pieces == ((4,),)  # in a larger ring
-    with pytest.raises(ModelError, match="map"):
-        divide([squares([4, 5000])], ring_degree=4096)  # more outputs than slots
+    assert divide([squares([4, 5000])], ring_degree=4096).pieces == ((1,),)  # in three ciphertexts
+    with pytest.raises(ModelError, match="map0: 140,000 values, and 64 ciphertexts hold 131,072"):
+        divide([squares([4, 140_000])], ring_degree=4096)
 
 
 def test_compiled_pieces_compute_what_the_run_does() -> None:

@@ -82,6 +82,11 @@ def test_a_checkpoint_keeps_what_was_pruned(pruned: tuple[Trained, Path], splits
     assert len(without.spec.keys) > len(again.cloud.programs[1].spec.keys), "the orders are what saves"
     with pytest.raises(DataError, match="prune again"):
         restored(model, made.orders.replace("[", "[7, ", 1))
+    assert '"lanes": 1,' in made.orders
+    for lanes in (0, 3, -2, 1 << 20):
+        with pytest.raises(DataError, match="prune again"):
+            restored(model, made.orders.replace('"lanes": 1,', f'"lanes": {lanes},'))
+    assert restored(model, made.orders)  # the control
 
 
 def test_compile_model_with_one_option(splits: Splits) -> None:

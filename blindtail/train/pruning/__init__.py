@@ -10,7 +10,7 @@ owner     all of it for a `SplitModel`
 """
 
 from blindtail.train.pruning.chain import Chain, Masks, chain_of
-from blindtail.train.pruning.compiled import Arranged, compared
+from blindtail.train.pruning.compiled import Arranged
 from blindtail.train.pruning.owner import PrunedTails, Pruning, prune_tails
 from blindtail.train.pruning.p4e import Pruned, prune
 from blindtail.train.pruning.policy import Policy
@@ -24,7 +24,6 @@ __all__ = [
     "PrunedTails",
     "Pruning",
     "chain_of",
-    "compared",
     "prune",
     "prune_tails",
 ]

@@ -136,11 +136,6 @@ class Arranged:
         return costs.total_s if self.objective is None else self.objective.value(costs)
 
 
-def compared(before: Program, after: Program) -> dict[str, Any]:
-    """Diagonals, rotations, keys, bytes and predicted seconds of two programs, for a report."""
-    return {"before": counted(before), "after": counted(after)}
-
-
 def counted(program: Program) -> Mapping[str, Any]:
     """What of a program's work depends on its zeros."""
     maps = [op for op in program.ops if isinstance(op, MapOp)]
@@ -155,4 +150,4 @@ def counted(program: Program) -> Mapping[str, Any]:
     }
 
 
-__all__ = ["Arranged", "compared", "counted", "ordered", "plan_for", "renamed"]
+__all__ = ["Arranged", "counted", "ordered", "plan_for", "renamed"]

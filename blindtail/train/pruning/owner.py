@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blindtail.errors import ConfigError, DataError
+from blindtail.errors import ConfigError, DataError, ModelError
 from blindtail.he.compiler import compile_plan, compile_tail
 from blindtail.he.frontend import fold_tail
 from blindtail.he.layers import FloatArray, Layer
@@ -182,10 +182,13 @@ def restored(
             ]
             if not all(widths):
                 raise ValueError("no orders of its elements")
+            held = int(entry["lanes"])
+            if held < 1 or held & (held - 1):
+                raise ValueError("lanes are no power of two")
             full = chain.filled(fold_tail(model.tails[text], shape))
-            made = plan_for(full, lanes=int(entry["lanes"]), objective=objective)
-            found[cut] = Arranged(made, orders, int(entry["lanes"]), objective).compile
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            made = plan_for(full, lanes=held, objective=objective)
+            found[cut] = Arranged(made, orders, held, objective).compile
+    except (ModelError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise DataError(
             f"the checkpoint's orders of pruned tails are damaged ({error}): prune again"
         ) from error
