@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.checks import manifests
-from deploy.checks.roots import REPOSITORY, Builder, Root, StepFailed, size_mb, temporary, why_not
+from deploy.checks.roots import REPOSITORY, Build, Builder, Root, StepFailed, size_mb, temporary, why_not
 
 FILES = REPOSITORY / "deploy" / "containers"
 SETTINGS = REPOSITORY / "deploy" / "kubernetes" / "base" / "settings"
@@ -61,6 +61,10 @@ class Case:
     role: str = ""  # it serves, with a certificate of this role
     settings: str = ""
 
+    def build(self) -> Build:
+        arguments = {"EXTRAS": self.extras} if self.extras else {}
+        return Build(FILES / f"{self.file}.Dockerfile", arguments)
+
 
 CASES = (
     Case(
@@ -82,21 +86,21 @@ def main(names: Sequence[str] = ()) -> int:
     """0 when everything went well, or when this machine cannot make roots, which is said."""
     print("No image is built here: each container file's install steps run in a clean root directory")
     print("made by debootstrap, and what they leave is started there as the file says.")
-    if reason := why_not():
-        print(f"\n*** SKIPPED, NOTHING WAS CHECKED: {reason} ***\n")
-        return 0
     start_s = time.monotonic()
     CACHE.mkdir(parents=True, exist_ok=True)
     failed = []
+    cases = [case for case in CASES if not names or case.file in names]
     with temporary() as folder:
         work = Path(folder)
-        builder = Builder(work, CACHE, lambda text: print(text, flush=True))
+        if reason := why_not(work):
+            print(f"\n*** SKIPPED, NOTHING WAS CHECKED: {reason} ***\n")
+            return 0
+        builds = [case.build() for case in cases]
+        builder = Builder(work, CACHE, builds, lambda text: print(text, flush=True))
         authority = _authority(work)
         try:
             builder.base()
-            for case in CASES:
-                if names and case.file not in names:
-                    continue
+            for case in cases:
                 print(f"{case.name} ({case.file}.Dockerfile)", flush=True)
                 try:
                     _check(case, builder, authority)
@@ -112,7 +116,7 @@ def main(names: Sequence[str] = ()) -> int:
 
 
 def _check(case: Case, builder: Builder, authority: Path) -> None:
-    root = builder.build(FILES / f"{case.file}.Dockerfile", {"EXTRAS": case.extras} if case.extras else {})
+    root = builder.build(case.build())
     try:
         parts = (size_mb(root.folder), size_mb(root.folder / "opt" / "blindtail"))
         print(f"  size: {parts[0]:.0f} MB in all, of which {parts[1]:.0f} MB are the virtual environment")

@@ -8,7 +8,6 @@ the file's own HEALTHCHECK says yes, and that SIGTERM ends it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,18 +22,29 @@ from pathlib import Path
 from deploy.checks import dockerfile
 from deploy.checks.dockerfile import Instruction, Stage
 from deploy.checks.host import RELEASE, SHARED, Handed, debootstrap, handed, mirror, sources
+from deploy.checks.layers import Layers, Link, chains
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _STEP_S = 600.0
+#: Free space: up to 3.5 GB in the work folder at a time (a shared layer, a stage, its result) and the cache.
+NEEDED_GB = 5.0
 
 
 class StepFailed(Exception):
     """A step did not end with 0; the message has the end of what it said."""
 
 
-def why_not() -> str:
-    """Why roots cannot be made on this machine; "" when they can."""
+@dataclass(frozen=True)
+class Build:
+    """A container file and the values of its ARGs."""
+
+    path: Path
+    arguments: Mapping[str, str] = field(default_factory=dict)
+
+
+def why_not(work: Path) -> str:
+    """Why roots cannot be made in `work` on this machine; "" when they can."""
     if os.geteuid() != 0:
         return "this needs root (chroot, mounts, file owners), and you are not"
     if missing := [t for t in ("apt-get", "dpkg-deb", "unshare", "mount") if shutil.which(t) is None]:
@@ -44,6 +54,8 @@ def why_not() -> str:
     probe = ["unshare", "--mount", "--pid", "--net", "--fork", "true"]
     if subprocess.run(probe, capture_output=True).returncode:
         return "this machine refuses new namespaces (a container without the right to mount?)"
+    if (free_gb := shutil.disk_usage(work).free / 1e9) < NEEDED_GB:
+        return f"{free_gb:.1f} GB are free in {work}, and this takes {NEEDED_GB:.0f}: set TMPDIR elsewhere"
     return ""
 
 
@@ -107,16 +119,24 @@ class Root:
         return done.stdout
 
 
-@dataclass
 class Builder:
-    """Runs container files' stages. What several files install alike is installed once."""
+    """Runs container files' stages. What several files install alike is installed once.
 
-    work: Path
-    cache: Path
-    say: Callable[[str], None]
-    given: Handed = field(default_factory=handed)
-    _layers: dict[str, Path] = field(default_factory=dict)
-    _made: int = 0
+    work      folder for roots and layers
+    cache     folder that stays for the next run: the packed base, pip's cache
+    builds    what `build` will be called with, in this order: only what these share is kept
+    say       a line at a time, of what was done
+    """
+
+    def __init__(self, work: Path, cache: Path, builds: Sequence[Build], say: Callable[[str], None]) -> None:
+        self.work = work
+        self.cache = cache
+        self.say = say
+        self.given: Handed = handed()
+        self._layers = Layers(
+            work, [links for b in builds for links in chains(dockerfile.read(b.path), b.arguments)]
+        )
+        self._made = 0
 
     def base(self) -> Path:
         """A minimal Debian, kept in `cache` for the next run."""
@@ -144,37 +164,38 @@ class Builder:
             self.say(f"debootstrap {RELEASE} (minbase): {time.monotonic() - start_s:.0f} s")
         folder.mkdir()
         subprocess.run(["tar", "-C", str(folder), "-xpf", str(packed)], check=True)
-        self._layers["base"] = folder
+        self._layers.base = folder
         return folder
 
-    def build(self, path: Path, arguments: Mapping[str, str] | None = None) -> Root:
-        """The final stage's root. Raises `StepFailed` and `ValueError`."""
+    def build(self, build: Build) -> Root:
+        """The final stage's root; the other stages' are gone. Raises `StepFailed` and `ValueError`."""
         stages: dict[str, Root] = {}
         root: Root | None = None
-        for stage in dockerfile.read(path):
-            root = self._stage(stage, stages, arguments or {})
-            stages[stage.name] = root
+        try:
+            read = dockerfile.read(build.path)
+            for stage, links in zip(read, chains(read, build.arguments), strict=True):
+                root = self._stage(stage, links, stages, build.arguments)
+                stages[stage.name] = root
+        except OSError as error:
+            raise StepFailed(f"{build.path.name}: {error}") from error
+        finally:
+            for other in stages.values():
+                if other is not root:
+                    shutil.rmtree(other.folder, ignore_errors=True)
         assert root is not None  # `read` gives a stage or raises
         return root
 
-    def _stage(self, stage: Stage, stages: Mapping[str, Root], arguments: Mapping[str, str]) -> Root:
-        layers = [hashlib.sha256(stage.base.encode()).hexdigest()]
-        for i in stage.instructions:
-            given = sorted(arguments.items()) if i.name == "ARG" else ""
-            text = f"{layers[-1]} {i.name} {i.flags} {i.value} {given}"
-            layers.append(hashlib.sha256(text.encode()).hexdigest())
-        known = [n for n in range(len(layers) - 1, 0, -1) if layers[n] in self._layers]
-        start = self._layers[layers[known[0]]] if known else self._layers["base"]
+    def _stage(
+        self, stage: Stage, links: list[Link], stages: Mapping[str, Root], arguments: Mapping[str, str]
+    ) -> Root:
         self._made += 1
         root = Root(self.work / f"root-{self._made}")
-        _copy(start, root.folder)
+        taken = self._layers.take(links, root.folder)
         values: dict[str, str] = {}
         for number, instruction in enumerate(stage.instructions, 1):
-            done_before = bool(known) and number <= known[0]
-            self._step(instruction, root, stages, arguments, values, done_before)
-            if instruction.name == "RUN" and not done_before:
-                self._layers[layers[number]] = self.work / f"layer-{layers[number][:12]}"
-                _copy(root.folder, self._layers[layers[number]])
+            self._step(instruction, root, stages, arguments, values, number <= taken)
+            if number > taken:
+                self._layers.keep(number, root.folder)
         return root
 
     def _step(
@@ -241,10 +262,6 @@ class Builder:
         environment = {**values, **self.given.environment}
         root.run(["/bin/sh", "-c", instruction.value], environment=environment, mounts=mounts, installs=True)
         self.say(f"  RUN line {instruction.line}: {time.monotonic() - start_s:.0f} s")
-
-
-def _copy(source: Path, target: Path) -> None:
-    subprocess.run(["cp", "-a", "--reflink=auto", str(source), str(target)], check=True)
 
 
 def size_mb(folder: Path) -> float:
