@@ -25,7 +25,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
 _HELPERS = {"ahead", "__main__", "rows", "results", "evidence", "tails", "interleave", "peers"}
-_HELPERS |= {"lint_nets", "net_rows", "random_networks", "refresh_nets", "tenseal_mm"}
+_HELPERS |= {"lint_nets", "net_rows", "random_layers", "random_networks", "refresh_nets", "tenseal_mm"}
 
 
 def names() -> list[str]:

@@ -25,7 +25,7 @@ from blindtail.he.params import MAX_LOG2_Q_128
 from blindtail.models.layers import Quadratic, Square
 from blindtail.models.lint import LintReport, lint, split
 
-SOURCES = ("blindtail/he/*.py", "blindtail/models/*.py", "bench/lint*.py", "bench/random_networks.py")
+SOURCES = ("blindtail/he/*.py", "blindtail/models/*.py", "bench/lint*.py", "bench/random_*.py")
 _RANDOM = 60
 #: Rewrites of these are statements that can be run as they stand.
 PASTED = ("relu and max pooling", "softmax at the end", "layer norm")

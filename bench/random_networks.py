@@ -1,302 +1,49 @@
-"""Random `nn.Module` networks by seed, for `bench networks`: layer makers with a switch for each family.
+"""Random `nn.Module` networks by seed, for `bench networks`, of the layers in `bench.random_layers`.
 
-A maker takes a generator and the shape of one image (without the batch) and
-returns a module, or None where it does not fit that shape. Adding a kind of
-layer is a maker and a line in `LINEAR` or `ACTIVATIONS`; `consumed` says what
-an activation takes.
+Some take two tensors, which meet behind a branch each.
 """
 
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.random_layers import (
+    ACTIVATIONS,
+    FAMILIES,
+    LINEAR,
+    TWO_INPUTS,
+    Arithmetic,
+    Shape,
+    consumed,
+)
 from blindtail.he.layers import FloatArray
-from blindtail.models.layers import Polynomial, Quadratic, Square
-
-Shape = tuple[int, ...]
-Maker = Callable[[np.random.Generator, Shape], nn.Module | None]
+from blindtail.models.several import Flat, Form, of_flat, several
 
 #: Most values that a hidden activation has; inputs may have `WIDEST`, now and then.
 HIDDEN, WIDEST = 192, 784
 _ROWS = 400  # of calibration data
-
-
-class Skip(nn.Module):
-    """x joined with what `inner` makes of it: a skip connection, by "add", "sub", "cat" or a mean."""
-
-    def __init__(self, inner: nn.Module, how: str) -> None:
-        super().__init__()
-        self.inner, self.how = inner, how
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, ...) -> the same shape; "cat" doubles C."""
-        y: Tensor = self.inner(x)
-        if self.how == "cat":
-            return torch.cat([x, y], dim=1)
-        if self.how == "mean":
-            return torch.stack([x, y], dim=1).mean(1)
-        return x + y if self.how == "add" else x - y
-
-
-class Around(nn.Module):
-    """x + after(activation(before(x))): a connection around an activation."""
-
-    def __init__(self, before: nn.Module, activation: nn.Module, after: nn.Module) -> None:
-        super().__init__()
-        self.before, self.activation, self.after = before, activation, after
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.after(self.activation(self.before(x)))
-        return y
-
-
-class Beside(nn.Module):
-    """One activation for the first channels, another for the rest."""
-
-    def __init__(self, first: int, left: nn.Module, right: nn.Module) -> None:
-        super().__init__()
-        self.first, self.left, self.right = first, left, right
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.left(x[:, : self.first]), self.right(x[:, self.first :])], 1)
-
-
-class Arithmetic(nn.Module):
-    """x (+, -, *, /) a constant: a number, or one per channel; `turned` puts the constant on the left."""
-
-    def __init__(self, how: str, constant: float | Tensor, turned: bool = False) -> None:
-        super().__init__()
-        self.how, self.turned = how, turned
-        self.number = constant if isinstance(constant, float) else None
-        self.register_buffer("constant", constant if isinstance(constant, Tensor) else None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        c: Any = self.number if self.number is not None else self.constant
-        function = getattr(operator, self.how)
-        result: Tensor = function(c, x) if self.turned else function(x, c)
-        return result
-
-
-class Written(nn.Module):
-    """A power as people write it in a forward: "x * x", "torch.square", or "x ** k"."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.how = how
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.how == "torch.square":
-            return torch.square(x)
-        return x * x if self.how == "x * x" else x ** int(self.how.split()[-1])
-
-
-def _convolution(rng: np.random.Generator, shape: Shape) -> nn.Module | None:
-    if len(shape) < 2:
-        return None
-    inside, sides = shape[0], shape[1:]
-    groups = int(rng.choice([g for g in range(1, inside + 1) if inside % g == 0]))
-    outside = groups * int(rng.integers(1, 4))
-    size = [int(rng.integers(1, min(side, 3) + 1)) for side in sides]
-    stride = [int(rng.integers(1, 3)) for _ in sides]
-    padding = [int(rng.integers(0, k)) for k in size]
-    dilation = [int(rng.integers(1, 3)) for _ in sides]
-    kind: Any = nn.Conv2d if len(sides) == 2 else nn.Conv1d
-    layer: nn.Module = kind(
-        inside, outside, tuple(size), tuple(stride), tuple(padding), tuple(dilation), groups,
-        bias=bool(rng.random() < 0.7),
-    )  # fmt: skip
-    return layer
-
-
-def _linear(rng: np.random.Generator, shape: Shape) -> nn.Module | None:
-    return nn.Linear(shape[-1], int(rng.integers(1, 33)), bias=bool(rng.random() < 0.8))
-
-
-def _batch_norm(rng: np.random.Generator, shape: Shape) -> nn.Module | None:
-    layer = (nn.BatchNorm2d if len(shape) == 3 else nn.BatchNorm1d)(shape[0], affine=bool(rng.random() < 0.8))
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    n = shape[0]
-    with torch.no_grad():
-        layer.running_mean.copy_(torch.from_numpy(rng.normal(scale=0.3, size=n)))
-        layer.running_var.copy_(torch.from_numpy(rng.uniform(0.3, 2.0, n)))
-        if layer.affine:
-            signs = np.where(rng.random(n) < 0.3, -1.0, 1.0)
-            layer.weight.copy_(torch.from_numpy(signs * rng.uniform(0.4, 1.5, n)))
-            layer.bias.copy_(torch.from_numpy(rng.normal(scale=0.3, size=n)))
-    return layer
-
-
-def _average(rng: np.random.Generator, shape: Shape) -> nn.Module | None:
-    if len(shape) < 2:
-        return None
-    size = int(rng.integers(2, 4))
-    options: dict[str, Any] = {
-        "stride": int(rng.integers(1, size + 1)),
-        "padding": int(rng.integers(0, size // 2 + 1)),
-        "ceil_mode": bool(rng.random() < 0.3),
-        "count_include_pad": bool(rng.random() < 0.5),
-    }
-    return nn.AvgPool2d(size, **options) if len(shape) == 3 else nn.AvgPool1d(size, **options)
-
-
-def _adaptive(rng: np.random.Generator, shape: Shape) -> nn.Module | None:
-    if len(shape) < 2:
-        return None
-    sides = tuple(int(rng.integers(1, side + 1)) for side in shape[1:])
-    return nn.AdaptiveAvgPool2d(sides) if len(sides) == 2 else nn.AdaptiveAvgPool1d(sides[0])
-
-
-def _flatten(rng: np.random.Generator, shape: Shape) -> nn.Module | None:
-    return None if len(shape) < 2 else nn.Flatten(int(rng.integers(1, len(shape))))
-
-
-def _dropout(rng: np.random.Generator, shape: Shape) -> nn.Module | None:
-    return nn.Dropout2d(0.5) if len(shape) == 3 and rng.random() < 0.5 else nn.Dropout(0.5)
-
-
-def _skip(rng: np.random.Generator, shape: Shape) -> nn.Module | None:
-    inner: list[nn.Module] = []
-    for _ in range(int(rng.integers(1, 3))):
-        inner.append(_keeping(rng, shape))
-        if rng.random() < 0.5:
-            inner.append(_batch_norm(rng, shape) or nn.Identity())
-    return Skip(nn.Sequential(*inner), str(rng.choice(["add", "sub", "cat", "mean"])))
-
-
-def _keeping(rng: np.random.Generator, shape: Shape) -> nn.Module:
-    """A layer with weights that keeps the shape."""
-    if len(shape) < 2:
-        return nn.Linear(shape[-1], shape[-1])
-    size = 1 if rng.random() < 0.3 else 3
-    kind: Any = nn.Conv2d if len(shape) == 3 else nn.Conv1d
-    layer: nn.Module = kind(shape[0], shape[0], size, padding="same" if rng.random() < 0.5 else size // 2)
-    return layer
-
-
-def _arithmetic(rng: np.random.Generator, shape: Shape) -> nn.Module | None:
-    how = str(rng.choice(["add", "sub", "mul", "truediv"]))
-    away = float(rng.choice([-1.0, 1.0]) * rng.uniform(0.5, 1.5))
-    constant: float | Tensor = away
-    if rng.random() < 0.5:
-        each = torch.from_numpy(rng.uniform(0.5, 1.5, (shape[0],) + (1,) * (len(shape) - 1)))
-        constant = each.float()
-    turned = how != "truediv" and bool(rng.random() < 0.4)  # a constant over x is no affine map
-    return Arithmetic(how, constant, turned)
-
-
-def _square(rng: np.random.Generator, shape: Shape) -> nn.Module | None:
-    return Square() if rng.random() < 0.6 else Written(str(rng.choice(["x * x", "x ** 2", "torch.square"])))
-
-
-def _quadratic(rng: np.random.Generator, shape: Shape) -> nn.Module | None:
-    layer = Quadratic(shape[0] if rng.random() < 0.6 else None)
-    with torch.no_grad():
-        for values, scale in ((layer.b, 0.5), (layer.c, 0.5)):
-            values.copy_(torch.from_numpy(np.asarray(rng.normal(scale=scale, size=tuple(values.shape)))))
-        signs = np.where(rng.random(tuple(layer.a.shape)) < 0.3, -1.0, 1.0)
-        layer.a.copy_(torch.from_numpy(np.asarray(signs * rng.uniform(0.2, 1.0, tuple(layer.a.shape)))))
-    return layer
-
-
-def _polynomial(rng: np.random.Generator, shape: Shape) -> nn.Module | None:
-    degree = int(rng.choice([2, 3, 4, 5, 6, 7], p=[0.1, 0.35, 0.25, 0.1, 0.1, 0.1]))
-    layer = Polynomial([0.0] * (degree + 1), shape[0] if rng.random() < 0.5 else None)
-    with torch.no_grad():
-        for k, row in enumerate(layer.coefficients):
-            size = tuple(row.shape)
-            if k == degree:
-                values = np.where(rng.random(size) < 0.5, -1.0, 1.0) * rng.uniform(0.2, 0.6, size)
-            else:
-                values = rng.normal(scale=0.5, size=size) * (rng.random() < 0.8)
-            row.copy_(torch.from_numpy(np.asarray(values)))
-    return layer
-
-
-def _power(rng: np.random.Generator, shape: Shape) -> nn.Module | None:
-    return Written(f"x ** {rng.integers(3, 6)}")
-
-
-def _around(rng: np.random.Generator, shape: Shape) -> nn.Module | None:
-    activation = (_square, _quadratic, _polynomial)[int(rng.integers(3))](rng, shape)
-    assert activation is not None
-    after = _keeping(rng, shape) if rng.random() < 0.7 else nn.Identity()
-    return Around(_keeping(rng, shape), activation, after)
-
-
-def _beside(rng: np.random.Generator, shape: Shape) -> nn.Module | None:
-    if shape[0] < 2:
-        return None
-    first = int(rng.integers(1, shape[0]))
-    rest = (shape[0] - first, *shape[1:])
-    left, right = _square(rng, (first, *shape[1:])), _polynomial(rng, rest)
-    assert left is not None
-    assert right is not None
-    return Beside(first, left, right)
-
-
-def consumed(layer: nn.Module) -> int:
-    """Levels of an activation's own, without its map's."""
-    if isinstance(layer, Around):
-        return consumed(layer.activation)
-    if isinstance(layer, Beside):
-        return max(consumed(layer.left), consumed(layer.right))
-    degree = 2
-    if isinstance(layer, Polynomial):
-        degree = layer.degree
-    elif isinstance(layer, Written) and layer.how.startswith("x **"):
-        degree = int(layer.how.split()[-1])
-    return (degree - 1).bit_length() if degree & (degree - 1) == 0 else degree.bit_length()
-
-
-#: What folds into affine maps.
-LINEAR: Mapping[str, Maker] = MappingProxyType(
-    {
-        "convolution": _convolution,
-        "linear": _linear,
-        "batch norm": _batch_norm,
-        "average pooling": _average,
-        "adaptive pooling": _adaptive,
-        "flatten": _flatten,
-        "dropout": _dropout,
-        "skip": _skip,
-        "arithmetic": _arithmetic,
-    }
-)
-#: What ends an affine map.
-ACTIVATIONS: Mapping[str, Maker] = MappingProxyType(
-    {
-        "square": _square,
-        "quadratic": _quadratic,
-        "polynomial": _polynomial,
-        "power": _power,
-        "around": _around,
-        "beside": _beside,
-    }
-)
-FAMILIES = frozenset(LINEAR) | frozenset(ACTIVATIONS)
+_MEETINGS = 0.15  # share of networks with two inputs
+_APART = 41  # drawn apart: what has one input does not depend on it
 
 
 @dataclass(frozen=True)
 class RandomNetwork:
     """A network with data.
 
+    module       of one tensor; `Flat` around one of two
     shape        of one image, (C, H, W), (C, L) or (n,)
     families     of the layers in it
     levels       that its layers consume: one a map, one or more an activation
     calibration, inputs  (rows, *shape), float64, of one distribution
     """
 
-    module: nn.Sequential
+    module: nn.Module
     shape: Shape
     families: frozenset[str]
     levels: int
@@ -307,6 +54,12 @@ class RandomNetwork:
     def width(self) -> int:
         """Values of one image."""
         return math.prod(self.shape)
+
+    @property
+    def given(self) -> Form:
+        """The tensors that the network itself takes."""
+        flat = of_flat(self.module)
+        return Form((self.shape,)) if flat is None else flat[1]
 
     @torch.no_grad()
     def logits(self, x: FloatArray) -> FloatArray:
@@ -321,13 +74,15 @@ def random_network(
 ) -> RandomNetwork:
     """A network of these families, the same for the same arguments.
 
-    images  its input is (C, H, W), as a `SplitModel` takes it
+    images  its input is (C, H, W), as a `SplitModel` takes it; of two, they are one's channels
     """
     rng, allowed = np.random.default_rng(seed), frozenset(families)
     if unknown := allowed - FAMILIES:
         raise ValueError(f"no families {sorted(unknown)}; there are: {sorted(FAMILIES)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if TWO_INPUTS in allowed and np.random.default_rng((seed, _APART)).random() < _MEETINGS:
+            return _met(rng, allowed, _two_shapes(rng, images), inputs)
         return _grown(rng, allowed, _input_shape(rng, images), inputs)
 
 
@@ -341,6 +96,11 @@ def _input_shape(rng: np.random.Generator, images: bool) -> Shape:
         return channels, int(rng.integers(4, widest // channels + 1))
     most = math.isqrt(widest // channels)
     return channels, int(rng.integers(4, most + 1)), int(rng.integers(4, most + 1))
+
+
+def _two_shapes(rng: np.random.Generator, images: bool) -> list[Shape]:
+    first = _input_shape(rng, images)
+    return [first, (int(rng.integers(1, 4)), *first[1:]) if images else _input_shape(rng, images)]
 
 
 class _Draft:
@@ -369,6 +129,9 @@ class _Draft:
         self.x = y
         return True
 
+    def module(self) -> nn.Module:
+        return nn.Sequential(*self.layers) if self.layers else nn.Sequential(nn.Identity())
+
     def settle(self) -> None:
         """Keep values near 1 where they have left that: no calibration bounds what explodes."""
         size = float(self.x.square().mean().sqrt())
@@ -381,9 +144,18 @@ class _Draft:
 def _grown(rng: np.random.Generator, allowed: frozenset[str], shape: Shape, inputs: int) -> RandomNetwork:
     data = rng.uniform(-1.0, 1.0, (_ROWS + inputs, *shape))
     draft = _Draft(torch.from_numpy(data))
+    levels = 1 + _grow(rng, allowed, draft, (0.1, 0.4, 0.35, 0.15))
+    if math.prod(draft.shape) > 10 and rng.random() < 0.95:
+        _narrow(rng, draft)
+    net, families = draft.module(), frozenset(draft.used)
+    return RandomNetwork(net.eval(), shape, families, levels, data[:_ROWS], data[_ROWS:])
+
+
+def _grow(rng: np.random.Generator, allowed: frozenset[str], draft: _Draft, shares: tuple[float, ...]) -> int:
+    """Append layers, 0, 1, ... activations with these shares: levels of those and of the maps before them."""
     linear = [name for name in LINEAR if name in allowed]
     activations = [name for name in ACTIVATIONS if name in allowed]
-    levels, squares, wanted = 1, 0, int(rng.choice(4, p=[0.1, 0.4, 0.35, 0.15])) if activations else 0
+    levels, squares, wanted = 0, 0, int(rng.choice(len(shares), p=shares)) if activations else 0
     while True:
         for _ in range(int(rng.integers(1, 5))):
             if linear:
@@ -391,7 +163,7 @@ def _grown(rng: np.random.Generator, allowed: frozenset[str], shape: Shape, inpu
                 draft.take(name, LINEAR[name](rng, draft.shape), HIDDEN)
         draft.settle()
         if squares >= wanted:
-            break
+            return levels
         name = str(rng.choice(activations))
         if math.prod(draft.shape) > HIDDEN:  # nothing has made a wide input narrow yet
             _narrow(rng, draft)
@@ -401,18 +173,61 @@ def _grown(rng: np.random.Generator, allowed: frozenset[str], shape: Shape, inpu
             assert layer is not None
             levels += 1 + consumed(layer)
         draft.settle()
-    if math.prod(draft.shape) > 10 and rng.random() < 0.95:
-        _narrow(rng, draft)
-    net = nn.Sequential(*draft.layers) if draft.layers else nn.Sequential(nn.Identity())
-    families = frozenset(draft.used)
-    return RandomNetwork(net.eval(), shape, families, levels, data[:_ROWS], data[_ROWS:])
+
+
+class Meeting(nn.Module):
+    """A branch for each of two tensors, both (B, n) at their ends: their sum, difference or both, and on."""
+
+    def __init__(self, left: nn.Module, right: nn.Module, how: str, after: nn.Module) -> None:
+        super().__init__()
+        self.left, self.right, self.how, self.after = left, right, how, after
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        z: Tensor = self.after(joined(self.left(x), self.right(y), self.how))
+        return z
+
+
+def joined(x: Tensor, y: Tensor, how: str) -> Tensor:
+    """ "add", "sub" or "cat" """
+    if how == "cat":
+        return torch.cat([x, y], 1)
+    return x + y if how == "add" else x - y
+
+
+@torch.no_grad()
+def _met(
+    rng: np.random.Generator, allowed: frozenset[str], shapes: list[Shape], inputs: int
+) -> RandomNetwork:
+    data = [rng.uniform(-1.0, 1.0, (_ROWS + inputs, *shape)) for shape in shapes]
+    branches = [_Draft(torch.from_numpy(x)) for x in data]
+    before = [_grow(rng, allowed, branch, (0.4, 0.45, 0.15)) for branch in branches]
+    how, width = str(rng.choice(["add", "sub", "cat"])), int(rng.integers(2, 25))
+    for branch in branches:
+        _flattened(branch)
+        if how != "cat":
+            branch.take("linear", nn.Linear(branch.shape[0], width), WIDEST)
+    left, right = branches
+    after = _Draft(joined(left.x, right.x, how))
+    levels = 1 + max(before) + _grow(rng, allowed, after, (0.5, 0.5))
+    if math.prod(after.shape) > 10:
+        _narrow(rng, after)
+    families = frozenset(left.used | right.used | after.used | {TWO_INPUTS})
+    meeting, given = Meeting(left.module(), right.module(), how, after.module()), several(shapes)
+    rows = np.concatenate([x.reshape(len(x), -1) for x in data], axis=1)
+    return RandomNetwork(
+        Flat(meeting, given).eval(), given.shape, families, levels, rows[:_ROWS], rows[_ROWS:]
+    )
 
 
 def _narrow(rng: np.random.Generator, draft: _Draft) -> None:
     """What most networks end with, whichever families are on: a dense layer."""
-    if len(draft.shape) > 1:
-        draft.take("flatten", nn.Flatten(), WIDEST)
+    _flattened(draft)
     draft.take("linear", nn.Linear(draft.shape[0], int(rng.integers(2, 11))), WIDEST)
 
 
-__all__ = ["ACTIVATIONS", "FAMILIES", "LINEAR", "RandomNetwork", "consumed", "random_network"]
+def _flattened(draft: _Draft) -> None:
+    if len(draft.shape) > 1:
+        draft.take("flatten", nn.Flatten(), WIDEST)
+
+
+__all__ = ["ACTIVATIONS", "FAMILIES", "LINEAR", "TWO_INPUTS", "RandomNetwork", "consumed", "random_network"]

@@ -15,7 +15,8 @@ from blindtail.he.backends import Evaluator, Keys, open_evaluator, settle
 from blindtail.he.compiler import compile_tail
 from blindtail.he.layers import Affine, FloatArray, Layer, Quadratic
 from blindtail.he.objective import Objective
-from blindtail.he.program import MapOp, Program
+from blindtail.he.operations import MapOp
+from blindtail.he.program import Program
 from blindtail.he.secret import Decryptor, Encryptor, SecretKey
 
 

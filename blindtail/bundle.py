@@ -42,7 +42,7 @@ class StageInfo:
     name: str
     macs: int
     bytes: int  # parameters and buffers as float32
-    output_shape: tuple[int, ...]  # of one image, without the batch
+    output_shape: tuple[int, ...]  # of one image, without the batch; (features,) of several tensors
 
 
 @dataclass(frozen=True, slots=True)

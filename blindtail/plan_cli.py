@@ -73,8 +73,10 @@ def plan_command(
     device's expanded keys). Seconds are predicted for the reference core.
 
     Prints the plan in the file, the one that the objective chooses, and the front: plans that
-    no other beats everywhere. `compile_tail` and `pack` take the same objective. Without one they
-    choose the least total_s as well, but within a budget of keys (30 MB at N = 8192).
+    no other beats everywhere. Where a value does not fit one ciphertext of the smallest ring, a few
+    that cut it into several are among them (N "4,096x3"). `compile_tail` and `pack` take the same
+    objective. Without one they choose the least total_s as well, but within a budget of keys (30 MB
+    at N = 8192).
 
     Of a network, trained or not, the tail after --cut is planned as its layers' sizes and zeros make
     it, and with the rewrites that `blindtail lint` advises where it needs some. THE FILE'S CODE IS
@@ -92,18 +94,22 @@ def plan_command(
     if lanes is not None and lanes & (lanes - 1):
         raise ConfigError(f"--lanes must be a power of two, not {lanes}")
     from rich.console import Console
+    from rich.markup import escape
 
     with Console(stderr=True).status("reading the layers") as status:
 
         def planning(after: str) -> None:
             status.update(f"looking for plans for the tail after {after}")
 
+        def folding(done: int, total: int, what: str) -> None:
+            status.update(escape(f"reading the layers: {what}"))
+
         if model.endswith(".py"):
             raise ConfigError(f"{model}: say which network of it: {Path(model).name}:NAME")
         if ":" in model and not Path(model).exists():
             from blindtail.models import plan_network
 
-            tails = plan_network.tails(model, inputs or (), cut)
+            tails = plan_network.tails(model, inputs or (), cut, folding)
             report = describe_tails(
                 tails.model, tails.layers, wanted, lanes=lanes or 1, ring_degree=ring, progress=planning
             )
@@ -210,14 +216,15 @@ def _planned(
     ring_degree: int | None,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    from blindtail.he import plan
+    from blindtail.he import choice
 
     if progress is not None:
         progress(after)
+    chosen = choice.best(layers, objective, lanes=lanes, ring_degree=ring_degree)
     return {
         "after": after,
-        "chosen": plan.best(layers, objective, lanes=lanes, ring_degree=ring_degree).describe(),
-        "front": [p.describe() for p in plan.front(layers, lanes=lanes, ring_degree=ring_degree)],
+        "chosen": choice.describe(chosen),
+        "front": [choice.describe(p) for p in choice.front(layers, lanes=lanes, ring_degree=ring_degree)],
     }
 
 
@@ -226,7 +233,10 @@ def _table(found: Mapping[str, Any]) -> Table:
 
     table = Table(title=f"Plans for the tail after {found['after']}")
     for i, column in enumerate(("", "total", "online", "uplink", "keys", "memory", "N", "slots")):
-        table.add_column(column, justify="right" if i else "left")
+        # What a narrow terminal cuts off is told nowhere else.
+        table.add_column(
+            column, justify="right" if i else "left", overflow="fold" if column == "N" else "ellipsis"
+        )
 
     def add(name: str, row: Mapping[str, Any], style: str = "") -> None:
         slots = "" if "complex_slots" not in row else "complex" if row["complex_slots"] else "real"
@@ -237,7 +247,7 @@ def _table(found: Mapping[str, Any]) -> Table:
             f"{row['uplink_bytes'] / 1e3:,.0f} KB",
             f"{row['key_bytes'] / 1e6:.2f} MB",
             f"{row['memory_bytes'] / 1e6:.1f} MB",
-            f"{row['ring_degree']:,}" if "ring_degree" in row else "",
+            _ring(row),
             slots,
             style=style,
         )
@@ -248,14 +258,27 @@ def _table(found: Mapping[str, Any]) -> Table:
     table.add_section()
     for row in _spread(found["front"]):
         add("", row)
+    if any("ciphertexts" in row for row in (found["chosen"], *found["front"])):
+        table.caption = "Nxk: values are cut into tiles, up to k ciphertexts each; --json has their shapes"
     return table
 
 
+def _ring(row: Mapping[str, Any]) -> str:
+    """The ring's degree, with the ciphertexts of the value that takes the most where values are cut."""
+    if "ring_degree" not in row:
+        return ""
+    degree = f"{row['ring_degree']:,}"
+    return f"{degree}x{max(row['ciphertexts'])}" if "ciphertexts" in row else degree
+
+
 def _spread(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """At most `_SHOWN`, evenly over the front; its ends stay."""
+    """At most `_SHOWN`: all over several ciphertexts, of others evenly over the front; its ends stay."""
     if len(rows) <= _SHOWN:
         return rows
-    return [rows[i * (len(rows) - 1) // (_SHOWN - 1)] for i in range(_SHOWN)]
+    others = [i for i, row in enumerate(rows) if "ciphertexts" not in row]
+    room = _SHOWN - (len(rows) - len(others))
+    dropped = set(others) - {others[i * (len(others) - 1) // (room - 1)] for i in range(room)}
+    return [row for i, row in enumerate(rows) if i not in dropped]
 
 
 def draw(report: Mapping[str, Any], target: Path) -> None:
@@ -274,6 +297,10 @@ def draw(report: Mapping[str, Any], target: Path) -> None:
         for key, label, mark in (("total_s", "total", "o"), ("online_s", "with a ticket", "s")):
             front = [(row["key_bytes"] / 1e6, row[key] * 1e3) for row in found["front"]]
             axes.plot(*zip(*front, strict=True), mark, markersize=3, alpha=0.6, label=label)
+            cut = [at for at, row in zip(front, found["front"], strict=True) if "ciphertexts" in row]
+            if cut:
+                told = "over several ciphertexts" if key == "total_s" else None
+                axes.plot(*zip(*cut, strict=True), "ko", markersize=8, fillstyle="none", label=told)
             chosen = found["chosen"]
             axes.plot(chosen["key_bytes"] / 1e6, chosen[key] * 1e3, "kx", markersize=8)
         axes.set(xscale="log", yscale="log", xlabel="evaluation keys, MB", ylabel="predicted server time, ms")

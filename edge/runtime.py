@@ -17,23 +17,24 @@ from numpy.typing import NDArray
 from blindtail.bundle import EdgeBundle
 from blindtail.errors import ConfigError, DeadlineExceeded, InputError, StateError, TailError
 from blindtail.metrics import EdgeMetrics
-from blindtail.records import Action, Answer, Decision, LatencyEstimate, TailTimings
+from blindtail.records import Action, Answer, Decision
 from blindtail.rpc import Credentials
 from blindtail.wire.control import Report
 from edge.accounting import Accounting, report_of
 from edge.activity import Activity
 from edge.control import PolicyControl, Rules
 from edge.executor import HeadExecutor, softmax
-from edge.interludes import Interludes, Values
+from edge.interludes import Interludes
 from edge.keyfiles import default_state_dir
 from edge.latency import LatencyBook
 from edge.offloads import Offloads
 from edge.priors import priors_of
-from edge.ranges import ACTIVATION, LOGITS, Ranges
+from edge.ranges import LOGITS, Ranges
 from edge.request import Clock, Request
+from edge.round_trips import RoundTrips
 from edge.stages import Stages
 from edge.status import RuntimeStatus
-from edge.tail import Cipher, Tail, fallback_reason, in_all
+from edge.tail import Tail, fallback_reason, in_all
 from edge.trial import policy_for
 from edge.view import View
 from orchestrator.policy import UNAVAILABLE, Policy, best_exit
@@ -229,8 +230,9 @@ class EdgeRuntime:
                 return self._fall_back(request, cut, x, UNAVAILABLE)
             values, told = self._interludes.begin(cut, x), []
             trips = len(self.bundle.segments(cut))
+            made = RoundTrips(request, cut, tail, cipher, values, self._latencies, self._ranges, self._clock)
             for segment in range(trips):
-                told.append(self._round_trip(request, cut, segment, tail, cipher, values))
+                told.append(made.make(segment))
                 request.round_trips += trips > 1
             logits, timings = values.logits, in_all(told)
         except Exception as error:
@@ -248,46 +250,6 @@ class EdgeRuntime:
         if cut not in self.bundle.refreshed or not self.bundle.refreshed[cut].ends_in_interlude:
             request.notes |= self._ranges.note(LOGITS, cut, logits, trips - 1)
         return self._accounting.count(request.answer(softmax(logits), "tail", cut=cut))
-
-    def _round_trip(
-        self, request: Request, cut: int, segment: int, tail: Tail, cipher: Cipher, values: Values
-    ) -> TailTimings:
-        """One segment, of a tail that may have one. What is sent, and whether, never depends on what was
-        decrypted before: on time alone, and on the cloud."""
-        decrypt_s = self._estimate("decrypt").p95_s
-        self._require(request, self._estimate("encrypt").p95_s + decrypt_s)
-        x = values.input(segment)
-        found = self._ranges.note(ACTIVATION, cut, x, segment)
-        request.notes |= {kind: max(v, request.notes.get(kind, 0.0)) for kind, v in found.items()}
-        ticket = None if segment else tail.take_ticket(cipher)
-        request.sent_ticket |= ticket is not None
-        with request.step("encrypt"):
-            container = cipher.encrypt(x, _less(request.left_s(), decrypt_s), ticket, segment)
-
-        remaining_s = _less(request.left_s(), decrypt_s)
-        self._require(request, decrypt_s)
-        request.uplink_bytes += len(container)
-        sent_s, request.awaiting = self._clock(), True
-        try:
-            reply = tail.evaluate(container, remaining_s, segment)
-        except BaseException:
-            request.add("network", self._clock() - sent_s)
-            raise
-        request.awaiting = False
-        request.reply_bytes += len(reply.container)
-        request.ticket |= reply.timings.ticket
-        inside_s = reply.timings.queue_s + reply.timings.eval_s
-        request.add("network", self._clock() - sent_s - inside_s)
-        request.add("queue", reply.timings.queue_s)
-        request.add("eval", reply.timings.eval_s)
-
-        # Even a reply that came late has taught what an offload takes.
-        self._require(request, decrypt_s)
-        with request.step("decrypt"):
-            opened = cipher.decrypt(reply.container, request.left_s(), segment)
-        with request.step("interlude"):
-            values.opened(segment, opened)
-        return reply.timings
 
     async def infer_async(self, image: NDArray[Any], deadline_s: float | None = None) -> Answer:
         """As `infer`, without blocking the event loop; the deadline counts from this call."""
@@ -323,14 +285,6 @@ class EdgeRuntime:
         assert best is not None  # a bundle has an exit, and every stage has run by now
         answer = request.answer_exit(best.index, reason, cut=stage if request.uplink_bytes else None)
         return self._accounting.count(answer, awaiting=request.awaiting)
-
-    def _require(self, request: Request, needed_s: float) -> None:
-        left_s = request.left_s()
-        if left_s is not None and left_s <= needed_s:
-            raise DeadlineExceeded("the time left does not suffice for the next step")
-
-    def _estimate(self, step: str) -> LatencyEstimate:
-        return self._latencies.estimate(step, self._clock())
 
     def _learn_failure(self, request: Request, cut: int, error: Exception, seconds: float) -> None:
         """A reply that did not come teaches that offloads are slow; other faults say nothing about time."""
@@ -432,7 +386,3 @@ class EdgeRuntime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _less(left_s: float | None, margin_s: float) -> float | None:
-    return None if left_s is None else left_s - margin_s

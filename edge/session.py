@@ -25,7 +25,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from blindtail.errors import (
-    AccessDenied,
     BlindtailError,
     ConfigError,
     ContainerError,
@@ -41,6 +40,7 @@ from blindtail.he.spec import TailSpec
 from blindtail.records import TailReply, TailTimings
 from blindtail.wire import REQUEST_ID_BYTES
 from edge.activity import Activity
+from edge.backoff import BackOff
 from edge.board import Board
 from edge.cells import Cells, Place
 from edge.cipher import open_cipher
@@ -52,13 +52,8 @@ from edge.tickets import TicketBook
 
 _log = logging.getLogger(__name__)
 
-BACK_OFF_S = (0.2, 1.0)
 #: Random wait before a lost session is registered again: a restarted cell meets its edges one by one.
 REJOIN_S = 0.5
-#: How often a cloud that said no for good (other model, no access) is asked again.
-HOPELESS_S = 30.0
-#: First and longest wait after refused keys or a failed key process.
-FAILED_S = (10.0, 300.0)
 #: This many replies in a row that came too late, and the thread asks whether the cloud is there;
 #: it waits this long for the reply, and asks no more often than that.
 LATE_IN_A_ROW = 3
@@ -111,6 +106,7 @@ class RemoteTail:
             on_others=cells.learn,
         )
         self._random = random.Random(seed)
+        self._back_off = BackOff(self._random)
         self._book = TicketBook(tickets, activity or Activity(clock), clock=clock, on_trouble=self._note)
         self._board = Board(spec, clock)
         self._changed = self._board.changed  # also the lock under which places are changed
@@ -263,32 +259,18 @@ class RemoteTail:
     # -- the thread ----------------------------------------------------------------
 
     def _run(self) -> None:
-        back_off_s, failed_s = BACK_OFF_S[0], FAILED_S[0]
+        self._back_off.reset()
         while not self._closed:
             wait_s = 0.0
             try:
                 self._connect()
-                back_off_s, failed_s = BACK_OFF_S[0], FAILED_S[0]
+                self._back_off.reset()
                 wait_s = self._watch()
-            except Overloaded as error:
-                self._board.set(TailState.AWAY, str(error))
-                wait_s = min(error.retry_after_s, HOPELESS_S) * self._random.uniform(1.0, 1.5)
-            except FINAL as error:
-                denied = isinstance(error, AccessDenied)
-                self._board.set(TailState.DENIED if denied else TailState.MISMATCH, str(error))
-                wait_s = HOPELESS_S * self._random.uniform(0.8, 1.2)
-            except (TailUnavailable, DeadlineExceeded, SessionLost, KeysMissing) as error:
-                self._board.set(TailState.AWAY, str(error))
-                wait_s = back_off_s * self._random.uniform(0.5, 1.0)
-                back_off_s = min(2 * back_off_s, BACK_OFF_S[1])
-            except BlindtailError as error:  # refused keys, a full disk, a key process that died
-                self._board.set(TailState.FAILED, str(error))
-                wait_s = failed_s * self._random.uniform(0.8, 1.2)
-                failed_s = min(2 * failed_s, FAILED_S[1])
             except Exception as error:
-                _log.exception("the session of a tail failed; it starts again")
-                self._board.set(TailState.FAILED, f"unexpected {type(error).__name__}")
-                wait_s = HOPELESS_S
+                if not isinstance(error, BlindtailError):
+                    _log.exception("the session of a tail failed; it starts again")
+                state, problem, wait_s = self._back_off.after(error)
+                self._board.set(state, problem)
             if wait_s > 0 and not self._closed:
                 self._wake.wait(wait_s)
                 self._wake.clear()
@@ -387,7 +369,7 @@ class RemoteTail:
             elif self._clock() - self._settled_s >= _SETTLED_S:
                 return 0.0
             else:
-                return BACK_OFF_S[0] * self._random.uniform(0.5, 1.0)
+                return self._back_off.first_s()
 
     def _move(self, old: Place) -> None:
         """A session at another cell first, then the swap. Without another cell everything stays as it is."""

@@ -23,7 +23,8 @@ from blindtail.connection_options import (
 )
 from blindtail.errors import ConfigError
 from blindtail.policy_document import Objectives, PolicyDocument
-from blindtail.wire.control import FleetPeer, PeerKind, PolicyChange, PolicyEntry, PolicyState
+from blindtail.wire.control import PeerKind
+from blindtail.wire.policies import FleetPeer, PolicyChange, PolicyEntry, PolicyState
 from orchestrator.config import OrchestratorConfig
 from orchestrator.policies_client import PoliciesClient
 from orchestrator.texts import (

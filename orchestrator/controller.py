@@ -19,16 +19,8 @@ from typing import Any, Protocol, TypeVar
 from blindtail.errors import BlindtailError, ConfigError, ContainerError, TailUnavailable
 from blindtail.identity import Identity
 from blindtail.policy_document import PolicyDocument
-from blindtail.wire.control import (
-    FleetPeer,
-    Hello,
-    PolicyAck,
-    PolicyChange,
-    PolicyEntry,
-    PolicyUpdate,
-    Report,
-    UsageCount,
-)
+from blindtail.wire.control import Hello, PolicyAck, PolicyUpdate, Report
+from blindtail.wire.policies import FleetPeer, PolicyChange, PolicyEntry, UsageCount
 from orchestrator.config import OrchestratorConfig
 from orchestrator.peers import Peer, Peers, passing
 from orchestrator.rollout import OWN_DEFAULT, Rollout, checked, shown

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from blindtail.errors import BlindtailError, ContainerError, Overloaded, TailUnavailable
 from blindtail.identity import Identity, Role
-from blindtail.wire.control import FleetPeer, Hello, PeerKind, PolicyUpdate, Report
+from blindtail.wire.control import Hello, PeerKind, PolicyUpdate, Report
+from blindtail.wire.policies import FleetPeer
 from orchestrator.config import AttachLimits
 
 #: How long a peer should wait when there is no room.

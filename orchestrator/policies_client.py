@@ -9,7 +9,7 @@ import grpc
 
 from blindtail.errors import BlindtailError, TailUnavailable
 from blindtail.rpc import ERROR_KEY, Credentials, named_error, secure_channel
-from blindtail.wire.control import (
+from blindtail.wire.policies import (
     LIST_BYTES,
     POLICIES,
     FleetPeer,

@@ -11,18 +11,13 @@ from blindtail.errors import BlindtailError, ContainerError
 from blindtail.identity import Role
 from blindtail.rpc import server_options
 from blindtail.serving import GrpcServer, answer, identity_of, refuse
-from blindtail.wire.control import (
-    CONTROL,
+from blindtail.wire.control import CONTROL, UP_BYTES, Hello, Welcome, decode_up, encode_down
+from blindtail.wire.policies import (
     LIST_BYTES,
     POLICIES,
-    UP_BYTES,
-    Hello,
     PolicyChange,
     PolicyQuery,
     UsageQuery,
-    Welcome,
-    decode_up,
-    encode_down,
     encode_entries,
     encode_fleet,
     encode_usage,

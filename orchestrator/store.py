@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blindtail.errors import BlindtailError, ConfigError, StateError
-from blindtail.wire.control import PolicyState
+from blindtail.wire.policies import PolicyState
 
 #: Raised with every change of the tables below.
 SCHEMA = 1

@@ -9,7 +9,8 @@ from typing import Any
 
 from blindtail.errors import ConfigError
 from blindtail.policy_document import PolicyDocument
-from blindtail.wire.control import CellLoad, FleetPeer, PeerKind, PolicyEntry, Report, UsageCount
+from blindtail.wire.control import CellLoad, PeerKind, Report
+from blindtail.wire.policies import FleetPeer, PolicyEntry, UsageCount
 
 
 def entry_json(entry: PolicyEntry) -> dict[str, Any]:

@@ -195,3 +195,11 @@ class FakeTail:
 
     def close(self) -> None:
         self.closed = True
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Waits for it; fails when it does not happen in time."""
+    end_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end_s, "it never happened"
+        time.sleep(0.005)

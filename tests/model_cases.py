@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from blindtail.bundle import CloudBundle
 from blindtail.he.compiler import compile_tail
+from blindtail.he.dataflow import finish
 from blindtail.he.layers import Affine
-from blindtail.he.program import MapOp, Program, finish
+from blindtail.he.operations import MapOp
+from blindtail.he.program import Program
 from cloud.catalogue import Version
 from tests.cloud_cases import activation, expected, program
 

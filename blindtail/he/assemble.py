@@ -18,13 +18,14 @@ import numpy as np
 
 from blindtail.he.elementwise import Elementwise, Op, ProductOp, ScaleOp, SquareOp, SumOp
 from blindtail.he.layers import FloatArray
+from blindtail.he.layout import Layout, SlotArray
 from blindtail.he.normal import Activation, Normal
 from blindtail.he.operations import MapOp, fold
 from blindtail.he.propagation import Operand, Stats
 from blindtail.he.scales import Draft
 from blindtail.he.slotmaps import Arrangement, alike
 from blindtail.he.sparse import entries
-from blindtail.he.spec import Layout, SlotArray
+from blindtail.progress import Span
 
 #: Rows of calibration data that are followed slot by slot.
 _SAMPLES = 64
@@ -182,6 +183,7 @@ def drafted(
     first: Layout,
     level: int,
     x: FloatArray,
+    span: Span | None = None,
 ) -> Draft:
     """The draft of a program, with statistics of calibration data x, (n, features)."""
     ops, ties = assembled(normal, maps, level)
@@ -192,7 +194,8 @@ def drafted(
     held = [np.stack([alone.place(row) for row in pick])]  # by value: (samples, positions)
     stats, at = list[Stats](), 0
     known: dict[int, float] = {}
-    for op in ops:
+    for op, part in Span.of(span).over(ops):
+        part.at(0.0, f"{op.name}: values")
         read = [held[len(held) - back] for back in op.backs]
         rms = [float(np.sqrt((np.abs(v) ** 2).mean())) for v in read]
         if not isinstance(op, MapOp):  # over places that hold something, as their map has it
@@ -241,11 +244,14 @@ def applied(op: Elementwise, read: Sequence[FloatArray]) -> FloatArray:
 def _products(slots: SlotArray, diagonals: Mapping[int, SlotArray]) -> SlotArray:
     """Sum of multipliers times rotated slots; a sample at a time, which stays in the cache."""
     positions, rows = slots.shape[1], []
+    kind = np.result_type(slots, *diagonals.values())
+    product = np.empty(positions, kind)
     for sample in slots:
         twice = np.concatenate([sample, sample])
-        total = np.zeros(positions, np.result_type(sample, *diagonals.values()))
+        total = np.zeros(positions, kind)
         for k, multipliers in diagonals.items():
-            total += multipliers * twice[k : k + positions]
+            np.multiply(multipliers, twice[k : k + positions], out=product)
+            total += product
         rows.append(total)
     return np.stack(rows)
 

@@ -18,11 +18,13 @@ from blindtail.errors import ContainerError, KeysMissing
 from blindtail.he import container, noise
 from blindtail.he.backends import Evaluator, Keys, Ticket, no_ticket, write_atomically
 from blindtail.he.container import Seeded
+from blindtail.he.elementwise import Linear, SumOp
 from blindtail.he.layers import FloatArray
+from blindtail.he.layout import SlotArray
 from blindtail.he.operations import turned
 from blindtail.he.params import Parameters
-from blindtail.he.program import Linear, Program, SumOp
-from blindtail.he.spec import SlotArray, TailSpec
+from blindtail.he.program import Program
+from blindtail.he.spec import TailSpec
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from blindtail.errors import ConfigError, ModelError
-from blindtail.he import plan, precision, schedule, tiling
+from blindtail.he import choice, plan, precision, schedule
 from blindtail.he.assemble import drafted
 from blindtail.he.compatible import differences
 from blindtail.he.completion import checked, completed_with_error
 from blindtail.he.layers import FloatArray, Layer
+from blindtail.he.layout import Layout
 from blindtail.he.normal import Normal, normalised
 from blindtail.he.objective import NoPlan, Objective
 from blindtail.he.operations import MapOp, Term
@@ -29,13 +30,12 @@ from blindtail.he.program import Program
 from blindtail.he.scales import HEADROOM
 from blindtail.he.schedule import KeysTooLarge, Step
 from blindtail.he.slotmaps import TooWide
-from blindtail.he.sparse import Sparse, compact, entries
-from blindtail.he.spec import Layout, TailSpec
+from blindtail.he.sparse import Sparse, compact
+from blindtail.he.spec import TailSpec
 from blindtail.he.stability import check, enforce
 from blindtail.he.tiled_compiler import compile_tiling
-
-#: Weights of one map from which on several ciphertexts are looked at only where one does not do.
-_LARGE = 30_000_000
+from blindtail.he.tiling import Tiling
+from blindtail.progress import Progress, Span
 
 
 def compile_tail(
@@ -49,6 +49,7 @@ def compile_tail(
     objective: Objective | None = None,
     held_out: FloatArray | None = None,
     allow_unstable: bool = False,
+    progress: Progress | Span | None = None,
 ) -> Program:
     """Compile alternating affine maps and quadratics into an encrypted program.
 
@@ -68,20 +69,24 @@ def compile_tail(
     held_out     other activations, (m, features): with them the stability gate runs first
                  (`blindtail.he.stability`); it warns, and refuses a tail whose values escape
                  unless `allow_unstable`. The program is the same with and without
+    progress     called with (done, total, what) at each stage; `done` never falls and ends at `total`.
+                 What it raises ends the compile (`blindtail.progress`)
 
     Levels consumed: one a map, one a square. Raises `ModelError` with the
     layer's name and the way out, `KeysTooLarge` when no choice fits the budget,
     `NoPlan` when none keeps the objective's bounds.
     """
     tail = normalised(layers)
-    x = checked(calibration, tail.maps[0])
+    x, whole = checked(calibration, tail.maps[0]), Span.of(progress)
     if held_out is not None:
         others = checked(held_out, tail.maps[0], "held-out")
         enforce(check(layers, x, others), "the tail", allow_unstable=allow_unstable)
     if like is not None:
         if objective is not None:
             raise ConfigError("devices hold the keys: a tail that takes another's place has no objective")
-        return _checked_like(_compile(tail, x, like.lanes, like.parameters, like), like)
+        return whole.ended(
+            _checked_like(_compile(tail, x, like.lanes, like.parameters, like, span=whole), like)
+        )
     if lanes < 1 or lanes & (lanes - 1):
         raise ModelError(f"lanes must be a power of two, not {lanes}")
     _check_depth(tail)
@@ -89,33 +94,34 @@ def compile_tail(
         if key_budget_bytes is not None:
             raise ConfigError("give the budget of keys as a bound of the objective: at_most key_bytes")
         if precision.wanted(objective):
-            return _precise(tail, x, objective, lanes, ring_degree)
+            return whole.ended(_precise(tail, x, objective, lanes, ring_degree, whole))
+    looking, making = whole.parts(1, 3)
+    looking.at(0.0, "looking at plans")
     wanted = objective or plan.fastest(tail, ring_degree, key_budget_bytes)
-    large = max(len(entries(step.weight)) for step in tail.maps) > _LARGE
-    several = None if large else _in_several(tail, wanted, lanes, ring_degree)
-    try:
+    one, rest = making.parts(3, 1)
+
+    def in_one() -> tuple[float, Program | plan.Plan]:
         if objective is None:
-            program = _in_one(tail, x, lanes, ring_degree, key_budget_bytes)
-            value = program.predicted_s(schedule.BACKEND)
-        else:
-            made = plan.best(layers, objective, lanes=lanes, ring_degree=ring_degree)
-            value, program = objective.value(made.costs), None
-    except TooWide:
-        several = several or _in_several(tail, wanted, lanes, ring_degree)
-        if several is None:
-            raise
-        return compile_tiling(tail, x, several)
-    if several is not None and wanted.value(several.costs) < value:
-        return compile_tiling(tail, x, several)
-    return program or compile_plan(layers, x, made)
+            program = _in_one(tail, x, lanes, ring_degree, key_budget_bytes, one)
+            return program.predicted_s(schedule.BACKEND), program
+        looking.at(0.5, "looking at plans")
+        made = plan.best(layers, objective, lanes=lanes, ring_degree=ring_degree)
+        return objective.value(made.costs), made
+
+    found = choice.cheaper(tail, wanted, lanes, ring_degree, in_one)
+    if isinstance(found, Tiling):
+        return whole.ended(compile_tiling(tail, x, found, rest))
+    return whole.ended(found if isinstance(found, Program) else compile_plan(layers, x, found, making))
 
 
-def _in_one(tail: Normal, x: FloatArray, lanes: int, ring_degree: int | None, budget: int | None) -> Program:
+def _in_one(
+    tail: Normal, x: FloatArray, lanes: int, ring_degree: int | None, budget: int | None, span: Span
+) -> Program:
     """With every value in one ciphertext, in the smallest ring that takes that."""
     problem: ModelError | None = None
     for number, parameters in enumerate(plan.rings(tail.depth, ring_degree)):
         try:
-            return _compile(tail, x, lanes, parameters, budget=budget)
+            return _compile(tail, x, lanes, parameters, budget=budget, span=span)
         except KeysTooLarge:
             raise  # a larger ring has larger keys
         except ModelError as error:
@@ -126,30 +132,19 @@ def _in_one(tail: Normal, x: FloatArray, lanes: int, ring_degree: int | None, bu
     raise problem
 
 
-def _in_several(
-    tail: Normal, objective: Objective, lanes: int, ring_degree: int | None
-) -> tiling.Tiling | None:
-    """Values over several ciphertexts of the smallest ring, where one of that ring does not hold them."""
-    parameters = plan.rings(tail.depth, ring_degree)[0]
-    positions, features = parameters.slots // lanes, tail.maps[0].weight.shape[1]
-    if max(features / 2, *(len(step.bias) for step in tail.maps)) <= positions:
-        return None
-    try:
-        return tiling.choose(tail, parameters, objective, lanes=lanes)
-    except ModelError:
-        return None  # a larger ring, or the reason why none does
-
-
 def _precise(
-    tail: Normal, x: FloatArray, objective: Objective, lanes: int, ring_degree: int | None
+    tail: Normal, x: FloatArray, objective: Objective, lanes: int, ring_degree: int | None, span: Span
 ) -> Program:
     """The first of `precision.candidates` whose compiled program keeps the bound on the error."""
     largest, least, off = float(np.abs(tail(x)).max()), math.inf, 1.0
+    span.at(0.0, "looking at plans")
     for made, estimate in precision.candidates(tail, x, objective, lanes, ring_degree):
         accepted = precision.bound(objective, made.parameters)
         if estimate * off > accepted:
             continue
-        program, deviation = _arranged_with_error(tail, x, made.parameters, made.first, made.steps)
+        program, deviation = _arranged_with_error(
+            tail, x, made.parameters, made.first, made.steps, span=span.parts(1, 3)[1]
+        )
         error = precision.error(deviation, largest)
         if error <= accepted:
             return program
@@ -157,7 +152,12 @@ def _precise(
     raise precision.too_coarse(objective, least)
 
 
-def compile_plan(layers: Sequence[Layer], calibration: FloatArray, chosen: plan.Plan) -> Program:
+def compile_plan(
+    layers: Sequence[Layer],
+    calibration: FloatArray,
+    chosen: plan.Plan,
+    progress: Progress | Span | None = None,
+) -> Program:
     """Compile what `blindtail.he.plan` made for these very layers; otherwise like `compile_tail`.
 
     Raises `ModelError` when the plan is not for layers of these sizes.
@@ -167,7 +167,8 @@ def compile_plan(layers: Sequence[Layer], calibration: FloatArray, chosen: plan.
     sizes = [step.arrangement.out_layout.size for step in chosen.steps]
     if chosen.first.size != x.shape[1] or sizes != [len(step.bias) for step in tail.maps]:
         raise ModelError("this plan was made for layers of other sizes: plan again")
-    return _arranged(tail, x, chosen.parameters, chosen.first, chosen.steps)
+    whole = Span.of(progress)
+    return whole.ended(_arranged(tail, x, chosen.parameters, chosen.first, chosen.steps, span=whole))
 
 
 def check_depth(layers: Sequence[Layer]) -> None:
@@ -204,14 +205,17 @@ def _compile(
     parameters: Parameters,
     like: TailSpec | None = None,
     budget: int | None = None,
+    span: Span | None = None,
 ) -> Program:
     if like is not None and parameters.max_level != tail.depth:
         raise ModelError(
             f"the tail consumes {tail.depth} levels, the one that devices hold "
             f"{parameters.max_level}: keep the number of its layers, or hand out a new edge.bt"
         )
+    looking, rest = Span.of(span).parts(1, 2)
+    looking.at(0.0, "looking at plans")
     first, steps = _schedule(tail, lanes, parameters, like, budget)
-    return _arranged(tail, x, parameters, first, steps, like)
+    return _arranged(tail, x, parameters, first, steps, like, rest)
 
 
 def _arranged(
@@ -221,9 +225,10 @@ def _arranged(
     first: Layout,
     steps: Sequence[Step],
     like: TailSpec | None = None,
+    span: Span | None = None,
 ) -> Program:
     """The program of a choice that is made: scales, operations, the form of the reply."""
-    return _arranged_with_error(tail, x, parameters, first, steps, like)[0]
+    return _arranged_with_error(tail, x, parameters, first, steps, like, span)[0]
 
 
 def _arranged_with_error(
@@ -233,11 +238,14 @@ def _arranged_with_error(
     first: Layout,
     steps: Sequence[Step],
     like: TailSpec | None = None,
+    span: Span | None = None,
 ) -> tuple[Program, float]:
     """And the standard deviation of a logit on `native`, in the noisiest slot."""
     arranged = [step.arrangement for step in steps]
     scattered = arranged[-1].scattered
-    draft = drafted(tail, _maps(tail, steps, first), arranged, first, parameters.max_level, x)
+    drafting, rest = Span.of(span).parts(1, 1)
+    drafting.at(0.0, "layouts")
+    draft = drafted(tail, _maps(tail, steps, first), arranged, first, parameters.max_level, x, drafting)
     last = steps[-1].arrangement
     return completed_with_error(
         draft,
@@ -246,6 +254,7 @@ def _arranged_with_error(
         last.out_layout,
         last.period * first.lanes,
         x,
+        rest,
         like=like,
         scattered=scattered,
     )

@@ -10,15 +10,18 @@ import numpy as np
 from blindtail.errors import ModelError
 from blindtail.he import noise
 from blindtail.he.container import HEADER_BYTES
+from blindtail.he.dataflow import finish
 from blindtail.he.elementwise import Op
 from blindtail.he.error_growth import largest_error
 from blindtail.he.layers import Affine, FloatArray
+from blindtail.he.layout import Layout
 from blindtail.he.packing import packed_bytes
 from blindtail.he.params import Parameters
-from blindtail.he.program import Program, finish
+from blindtail.he.program import Program
 from blindtail.he.propagation import propagate
 from blindtail.he.scales import Draft, choose_scales, with_scales
-from blindtail.he.spec import Layout, ReplyForm, TailSpec
+from blindtail.he.spec import ReplyForm, TailSpec
+from blindtail.progress import Span
 
 #: A reply may lose low bits of c1 as long as the error they cause stays below the
 #: noise, or below this share of the largest logit (one standard deviation).
@@ -40,14 +43,20 @@ def checked(calibration: FloatArray, first: Affine, kind: str = "calibration") -
 
 
 def completed(
-    draft: Draft, parameters: Parameters, first: Layout, last: Layout, period: int, x: FloatArray
+    draft: Draft,
+    parameters: Parameters,
+    first: Layout,
+    last: Layout,
+    period: int,
+    x: FloatArray,
+    span: Span | None = None,
 ) -> Program:
     """The program of a draft: scales, the form of the reply, predicted noise.
 
     first, last  layouts of the activation and of the logits; these repeat after `period` slots
     x            calibration data (n, features)
     """
-    return completed_with_error(draft, parameters, first, last, period, x)[0]
+    return completed_with_error(draft, parameters, first, last, period, x, span)[0]
 
 
 def completed_with_error(
@@ -57,11 +66,14 @@ def completed_with_error(
     last: Layout,
     period: int,
     x: FloatArray,
+    span: Span | None = None,
     *,
     like: TailSpec | None = None,
     scattered: bool = False,
 ) -> tuple[Program, float]:
     """And the standard deviation of a logit on `native`, in the noisiest slot."""
+    whole = Span.of(span)
+    whole.at(0.0, "scales")
     scales = choose_scales(draft, parameters, like, scattered)
     ops = with_scales(draft, scales, parameters, like is not None)
     every, stats, results = draft.scales(scales, parameters), draft.stats, draft.results
@@ -85,8 +97,10 @@ def completed_with_error(
         input_bound=float(np.abs(x).max()),
         program_id="0" * 64,
     )
+    whole.at(0.1, "error bounds")
     spec = _with_noise(spec, ops, x, math.sqrt(cut) / scales[-1])
     own = propagate(ops, stats, every, parameters, hoisted=True, results=results)
+    whole.at(0.6, "encoding")
     return Program(finish(ops, spec), ops), math.sqrt(own.worst + cut) / scales[-1]
 
 
@@ -100,8 +114,10 @@ def _with_noise(draft: TailSpec, ops: tuple[Op, ...], x: FloatArray, of_reply: f
     largest = largest_error(program, x)
     if program.is_chain:  # elsewhere the average counts noise as shared that is not
         largest = max(largest, average)
-    # What hits one slot alone is amplified on its way as all the rest is.
-    peak = largest * worst / average if average else max(largest, worst)
+    # What hits one slot alone may be amplified on its way as all the rest is. It is not less than on
+    # average: most of it is of the last folds, which nothing comes after.
+    excess = math.sqrt(worst**2 - average**2) * max(1.0, largest / average if average else 1.0)
+    peak = math.hypot(largest, excess)
     return replace(
         draft,
         predicted_noise=math.hypot(largest, of_reply),

@@ -45,8 +45,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blindtail.errors import ContainerError
+from blindtail.he.layout import SlotArray
 from blindtail.he.packing import pack_bits, packed_bytes, unpack_bits
-from blindtail.he.spec import KeyNeed, SlotArray, TailSpec
+from blindtail.he.spec import KeyNeed, TailSpec
 
 U64 = NDArray[np.uint64]
 Buffer = bytes | bytearray | memoryview

@@ -13,9 +13,9 @@ import numpy as np
 
 from blindtail.errors import ModelError
 from blindtail.he.layers import FloatArray
-from blindtail.he.operations import MapOp, leading_scale
+from blindtail.he.layout import Layout
+from blindtail.he.operations import MapOp, term_scale
 from blindtail.he.params import Parameters
-from blindtail.he.spec import Layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +131,7 @@ class ScaleOp:
 
     def plain_scale(self, parameters: Parameters, term: int = 0) -> float:
         """As `MapOp.plain_scale`."""
-        found = leading_scale(self.in_scales[term], self.out_scale, parameters.primes[self.level])
+        found = term_scale(self.in_scales, term, self.out_scale, parameters.primes[self.level])
         if found is None:
             raise ModelError(f"{self.name}: no plaintext scale leads to its output scale")
         return found

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 
 from blindtail.errors import ModelError
 from blindtail.he import noise
+from blindtail.he.elementwise import Linear, SumOp
 from blindtail.he.layers import FloatArray, outputs
+from blindtail.he.layout import SlotArray
 from blindtail.he.operations import MapOp, turned
-from blindtail.he.program import Linear, Program, SumOp
+from blindtail.he.program import Program
 from blindtail.he.recover import layers_of
 from blindtail.he.sparse import Sparse, Weight
-from blindtail.he.spec import SlotArray
 
 #: Outputs looked at, those with the largest weights first, and rows of calibration data, fewer where
 #: products times positions times outputs would go beyond `_WORK`.

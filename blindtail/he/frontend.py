@@ -39,26 +39,32 @@ from blindtail.models.operations import (
     rule_call,
     rule_module,
 )
+from blindtail.models.several import Shape, check_takes, image_of, piece, several
 from blindtail.models.tracing import Untraceable, first_line, unwrapped
+from blindtail.progress import Progress, Span
 
 #: The comparison with the tail itself: largest value inside, and how often inputs are halved for that.
 _INSIDE, _HALVINGS = 1e3, 40
 
 
-def fold_tail(tail: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
+def fold_tail(
+    tail: nn.Module, input_shape: Shape | Sequence[Shape], progress: Progress | Span | None = None
+) -> list[Layer]:
     """Fold a tail into [Affine, Quadratic or Polynomial, Affine, ..., Affine], all float64.
 
     tail         gives logits (B, classes) for activations (B, *input_shape);
                  used in evaluation mode, left unchanged
     input_shape  of one image's activation at the cut; its elements are numbered
-                 in (C, H, W) order
+                 in (C, H, W) order. Several for a tail that takes several tensors: elements
+                 are those of the first, then of the second, ... (`blindtail.models.several`)
+    progress     told of each layer (`blindtail.progress`)
 
     Linear layers between two activations become one map, kept sparse where that is
     much smaller; `Square` is the quadratic (1, 0, 0). The result is checked against the tail itself. Raises
     `ModelError` naming the layer, and what to write instead, when a layer is
     neither linear nor polynomial. Connections that skip activations become `Affine.skips`.
     """
-    tail = unwrapped(tail)
+    tail, shape = _of_one_tensor(unwrapped(tail), input_shape)
     for path, tensor in tail.state_dict().items():
         if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
             raise ModelError(f"tail layer {path}: has no weights yet; run the network once, then train it")
@@ -68,17 +74,29 @@ def fold_tail(tail: nn.Module, input_shape: tuple[int, ...]) -> list[Layer]:
             )
     if isinstance(tail, Square | Quadratic | Polynomial) or _is_leaf(tail):
         tail = nn.Sequential(tail)
-    shape, found = tuple(input_shape), list[Folder]()
+    found, whole = list[Folder](), Span.of(progress)
     Folder().basis(shape, "input")
     with torch.no_grad():
         exact, graph, own_floats = _traced(tail, shape)
+        image = image_of(next(iter(graph.nodes))) if len(shape) == 1 else None
         while not found or len(found) < found[0].parts:
             folder = Folder(len(found))
-            folder.close(_run(exact, graph, folder, folder.basis(shape, "input")), "output")
+            start = folder.basis(shape, "input", image)
+            own = whole.parts(*[1.0] * (found or [folder])[0].parts)[len(found)]
+            folder.close(_run(exact, graph, folder, start, own), "output")
             found.append(folder)
         layers = layers_of(found)
         _check_against(copy.deepcopy(tail).eval(), layers, shape, own_floats)
-    return layers
+    return whole.ended(layers)
+
+
+def _of_one_tensor(tail: nn.Module, input_shape: Shape | Sequence[Shape]) -> tuple[nn.Module, Shape]:
+    """A tail of several tensors as one of the flat activation that they make. Raises `ModelError`."""
+    if not any(isinstance(n, Sequence) for n in input_shape):
+        return tail, tuple(input_shape)  # type: ignore[arg-type]
+    given = several(input_shape)  # type: ignore[arg-type]
+    check_takes(tail, "a tail", given, "the cut")
+    return piece(tail, given), given.shape
 
 
 def _traced(tail: nn.Module, input_shape: tuple[int, ...]) -> tuple[nn.Module, fx.Graph, bool]:
@@ -94,15 +112,17 @@ def _traced(tail: nn.Module, input_shape: tuple[int, ...]) -> tuple[nn.Module, f
     return coarse.double(), graph, True
 
 
-def _run(tail: nn.Module, graph: fx.Graph, folder: Folder, start: Value) -> Value:
+def _run(tail: nn.Module, graph: fx.Graph, folder: Folder, start: Value, span: Span) -> Value:
     env: dict[str, Any] = {}
-    for node in graph.nodes:
+    for node, part in span.over(list(graph.nodes)):
         if node.op == "placeholder":
             env[node.name] = start
             continue
         args = fx.node.map_arg(node.args, lambda n: env[n.name])
         kwargs = fx.node.map_arg(node.kwargs, lambda n: env[n.name])
         where = _where(node)
+        if node.op == "call_module":
+            part.at(0.0, f"folding {where}")
         try:
             if node.op == "output":
                 if not isinstance(args[0], Value):
@@ -124,7 +144,10 @@ def _graph(tail: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype) ->
     ]
     if len(required) > 1:
         names = ", ".join(p.name for p in required)
-        raise ModelError(f"a tail takes one input, the activation at the cut; this forward takes {names}")
+        raise ModelError(
+            f"a tail takes one input, the activation at the cut; this forward takes {names}: let the stage "
+            "before it give a tuple of as many tensors"
+        )
     try:
         traced = trace_twice(tail, [two], [three])
     except Untraceable as error:
@@ -232,7 +255,8 @@ def _activation(value: Value, module: nn.Module | None, degree: int, where: str)
 
 def _call(node: fx.Node, module: nn.Module | None, args: Any, kwargs: Any) -> Any:
     if module is not None:
-        return module(*args, **kwargs)
+        made = _columns(module, args[0]) if len(args) == 1 and not kwargs else None
+        return module(*args, **kwargs) if made is None else made
     if name_of(node) in ("to", "type", "float", "double", "type_as", "cpu", "cuda") and args:
         return args[0]
     if node.op == "call_method":
@@ -244,6 +268,25 @@ def _call(node: fx.Node, module: nn.Module | None, args: Any, kwargs: Any) -> An
     name = functions.get(getattr(node.target, "__name__", ""))
     function: Any = node.target if name is None else getattr(operator, name)
     return function(*args, **kwargs)
+
+
+def _columns(module: nn.Module, x: Any) -> Tensor | None:
+    """What a dense layer gives for unit vectors and zeros (rows, in): columns of its weights, and its bias.
+
+    The same numbers as by multiplying, which takes (rows, in, out) products. None for all else.
+    """
+    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != module.in_features:
+        return None
+    if int(torch.count_nonzero(x)) > len(x):
+        return None
+    rows, columns = x.nonzero(as_tuple=True)
+    if bool((rows[1:] == rows[:-1]).any()) or not bool((x[rows, columns] == 1).all()):
+        return None
+    made = x.new_zeros(len(x), module.out_features)
+    made[rows] = module.weight.T[columns]
+    return made if module.bias is None else made + module.bias
 
 
 def _asked(node: fx.Node, args: Sequence[Any]) -> Any:
@@ -295,7 +338,7 @@ def _check_against(
     x = torch.randn(8, *input_shape, generator=generator, dtype=torch.float64)
     x = x * _calm(layers, x.numpy().reshape(len(x), -1))
     x, tail = (x.float(), tail.float()) if own_floats else (x, tail.double())
-    wanted = tail(x).numpy().reshape(len(x), -1)
+    wanted = tail(x.clone()).numpy().reshape(len(x), -1)
     got = outputs(layers, x.double().numpy().reshape(len(x), -1))[-1]
     scale = max(1.0, float(np.abs(wanted).max()))
     if wanted.shape != got.shape or not np.allclose(

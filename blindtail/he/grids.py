@@ -26,10 +26,10 @@ import numpy as np
 from blindtail.he import slotmaps
 from blindtail.he.diagonals import meet, repeat_length
 from blindtail.he.layers import Affine
+from blindtail.he.layout import GARBAGE, ZERO, Layout
 from blindtail.he.normal import Normal
 from blindtail.he.slotmaps import Arrangement, IntArray, power_of_two
 from blindtail.he.sparse import Sparse, Weight, has_zeros, unions
-from blindtail.he.spec import GARBAGE, ZERO, Layout
 
 #: An inner sum's copies that may be left unused, as for dense maps: fewer folds, more offsets.
 SHARES = (1, 2)

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from blindtail.errors import ContainerError, EvaluationFailed, KeysMissing
 from blindtail.he import container, encoded
 from blindtail.he.backends import Evaluator, Keys, Ticket, settle, write_atomically
-from blindtail.he.operations import in_slots
-from blindtail.he.program import Linear, MapOp, ProductOp, Program, SumOp
+from blindtail.he.elementwise import Linear, ProductOp, SumOp
+from blindtail.he.operations import MapOp, in_slots
+from blindtail.he.program import Program
 
 _PREPARED = struct.Struct("<8s32sII")
 _MAGIC = b"BLTNKEY1"

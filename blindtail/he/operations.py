@@ -41,9 +41,9 @@ from numpy.typing import NDArray
 from blindtail.errors import ModelError
 from blindtail.he.diagonals import Met, meet, repeat_length
 from blindtail.he.layers import FloatArray, Shapes
+from blindtail.he.layout import Layout, SlotArray
 from blindtail.he.params import Parameters
 from blindtail.he.sparse import Sparse, Weight, entries
-from blindtail.he.spec import Layout, SlotArray
 
 #: Most fold groups of a map, and most rotations of a group.
 MAX_GROUPS, MAX_GROUP = 16, 63
@@ -116,10 +116,12 @@ class MapOp:
     def plain_scale(self, parameters: Parameters, term: int = 0) -> float:
         """target * q_level / current: the product, rescaled, lands on `out_scale` to the last bit.
 
-        SEAL refuses to add operands whose scales differ in one. Raises `ModelError`
-        when no such scale exists; `landing_scale` makes one that does.
+        So do products with all operands before that, which are added up. SEAL refuses to add
+        operands whose scales differ in one bit. Raises `ModelError` when no such scale exists;
+        `landing_scale` makes one that does.
         """
-        found = leading_scale(self.terms[term].in_scale, self.out_scale, parameters.primes[self.level])
+        read = [one.in_scale for one in self.terms]
+        found = term_scale(read, term, self.out_scale, parameters.primes[self.level])
         if found is None:
             raise ModelError(f"{self.name}: no plaintext scale leads to its output scale")
         return found
@@ -157,16 +159,13 @@ class MapOp:
 
     def _diagonals(self, operand: int, values: FloatArray) -> dict[int, SlotArray]:
         """With `values` in the place of the weight's entries."""
-        met, positions = self.met[operand], len(self.rows)
-        found: dict[int, SlotArray] = dict(met.real.multipliers(values, positions))
-        if met.imaginary is not None:
-            found = {k: made / 2 for k, made in found.items()}
-            for k, made in met.imaginary.multipliers(values, positions):
-                found[k] = found.get(k, 0.0) - 0.5j * made
-            found = {k: found[k] + 0j for k in sorted(found)}
+        return dict(self._multipliers(operand, values))
+
+    def _multipliers(self, operand: int, values: FloatArray) -> Iterator[tuple[int, SlotArray]]:
+        met = self.met[operand]
         if met.unused:
             raise ModelError(f"{self.name}: its layout leaves {met.unused} weights unused")
-        return found
+        return met.multipliers(values, len(self.rows))
 
     @property
     def diagonals(self) -> dict[int, SlotArray]:
@@ -242,17 +241,16 @@ class MapOp:
         total: SlotArray = np.zeros(positions)
         want = np.zeros(out)
         for operand, (term, weights) in enumerate(zip(self.terms, own, strict=True)):
-            probe = np.where(weights != 0, rng.integers(1, 1 << 20, weights.shape), 0).astype(np.float64)
+            probe = rng.integers(1, 1 << 20, weights.shape, np.int32).astype(np.float64)
+            probe *= weights != 0
             x = np.asarray(rng.integers(1, 1 << 20, (term.weight.shape[1],)), np.float64)
             held = term.in_layout.index
-            slots: SlotArray = np.where(held >= 0, x[np.maximum(held, 0)], np.nan)
+            slots: SlotArray = np.where(held >= 0, x[np.maximum(held, 0)], 0.0)
+            empty = held < 0
             if term.in_layout.imaginary is not None:
-                slots = replace(term.in_layout, lanes=1).place(x)
+                slots, empty = replace(term.in_layout, lanes=1).place(x), np.zeros(positions, bool)
                 total = total + 0j
-            for k, values in self._diagonals(operand, probe).items():
-                seen: SlotArray = np.roll(slots, -k)
-                used = values != 0
-                total[used] += values[used] * seen[used]
+            total = self._summed(operand, probe, slots, empty, total)
             w = term.weight
             held_by = w.filled(probe) if isinstance(w, Sparse) else probe.reshape(w.shape)
             want += held_by @ x
@@ -261,6 +259,21 @@ class MapOp:
         good = np.where(claimed >= 0, total == want[np.maximum(claimed, 0)], (claimed != -1) | (total == 0))
         if not good.all():
             raise ModelError(f"{self.name}: its layout does not compute the map")
+
+    def _summed(
+        self, operand: int, probe: FloatArray, slots: SlotArray, empty: NDArray[np.bool_], total: SlotArray
+    ) -> SlotArray:
+        """`total` and an operand's products, with `probe` in the place of its weights; NaN where one is
+        of an empty slot."""
+        positions, wrong = len(slots), np.zeros(len(slots), bool)
+        twice, no_slot = np.concatenate([slots, slots]), np.concatenate([empty, empty])
+        none_empty = not empty.any()
+        for k, values in self._multipliers(operand, probe):
+            total += values * twice[k : k + positions]
+            if not none_empty:
+                wrong |= (values != 0) & no_slot[k : k + positions]
+        total[wrong] = np.nan
+        return total
 
     def _sound(self, term: Term, positions: int) -> bool:
         """Shapes and numbers of an operand fit the map's."""
@@ -318,13 +331,38 @@ def fold(values: SlotArray, groups: Groups) -> SlotArray:
 
 def leading_scale(in_scale: float, out_scale: float, q: int) -> float | None:
     """The plaintext scale whose product with `in_scale`, rescaled by q, is `out_scale` to the last bit."""
+    return next(_leading(in_scale, out_scale, q), None)
+
+
+def _leading(in_scale: float, out_scale: float, q: int) -> Iterator[float]:
+    """All such scales, the nearest first."""
     below = above = out_scale * q / in_scale
     for _ in range(8):
-        for candidate in (below, above):
+        for candidate in dict.fromkeys((below, above)):
             if in_scale * candidate / q == out_scale:
-                return candidate
+                yield candidate
         below, above = math.nextafter(below, 0.0), math.nextafter(above, math.inf)
+
+
+def leading_scales(in_scales: Sequence[float], out_scale: float, q: int) -> tuple[float, ...] | None:
+    """`leading_scale` for each operand, with one product for all of them, to the last bit."""
+    each = [list(_leading(scale, out_scale, q)) for scale in in_scales]
+    for first in each[0]:
+        product = in_scales[0] * first
+        found = [
+            next((c for c in candidates if scale * c == product), None)
+            for scale, candidates in zip(in_scales, each, strict=True)
+        ]
+        scales = tuple(c for c in found if c is not None)
+        if len(scales) == len(each):
+            return scales
     return None
+
+
+def term_scale(in_scales: Sequence[float], term: int, out_scale: float, q: int) -> float | None:
+    """Of one operand's plaintexts; of a program that no `leading_scales` fit, the operand's own."""
+    together = leading_scales(in_scales, out_scale, q) if len(in_scales) > 1 else None
+    return leading_scale(in_scales[term], out_scale, q) if together is None else together[term]
 
 
 def landing_scale(in_scale: float, target: float, q: int) -> float:
@@ -341,5 +379,7 @@ __all__ = [
     "in_slots",
     "landing_scale",
     "leading_scale",
+    "leading_scales",
+    "term_scale",
     "turned",
 ]

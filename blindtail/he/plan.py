@@ -19,13 +19,13 @@ from blindtail.he import cost, grids, schedule, slotmaps
 from blindtail.he.container import HEADER_BYTES, SEED_BYTES
 from blindtail.he.elementwise import Linear
 from blindtail.he.layers import Layer
+from blindtail.he.layout import Layout
 from blindtail.he.normal import Normal, normalised
 from blindtail.he.objective import ERROR, METRICS, Costs, NoPlan, Objective
 from blindtail.he.packing import packed_bytes
 from blindtail.he.params import MAX_LOG2_Q_128, PRIME_BITS, PRIME_SIZES, Parameters
 from blindtail.he.program import Program
 from blindtail.he.schedule import State, Step, Weights
-from blindtail.he.spec import Layout
 
 REPLY_PERIOD = slotmaps.LEAST_PERIOD
 #: Prices of a second online, and of a byte of plaintexts, in seconds of a whole evaluation: a program

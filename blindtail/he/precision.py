@@ -16,6 +16,7 @@ from blindtail.he import grids, plan, schedule
 from blindtail.he.diagonals import repeat_length
 from blindtail.he.elementwise import Op, SquareOp
 from blindtail.he.layers import FloatArray
+from blindtail.he.layout import GARBAGE, Layout
 from blindtail.he.normal import Normal
 from blindtail.he.objective import ERROR, NoPlan, Objective
 from blindtail.he.operations import MapOp
@@ -26,7 +27,6 @@ from blindtail.he.scales import Draft, choose_scales
 from blindtail.he.schedule import Step
 from blindtail.he.slotmaps import Arrangement, alike
 from blindtail.he.sparse import entries
-from blindtail.he.spec import GARBAGE, Layout
 
 #: What primes smaller than usual may cost where the objective does not say.
 DEFAULT_ERROR = 2e-3

@@ -8,10 +8,9 @@ key exists. `blindtail.he.operations` says what the operations compute.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, reduce
 from typing import Any, Protocol, TypeVar
 
@@ -21,23 +20,12 @@ from numpy.typing import NDArray
 from blindtail.errors import BundleError, ModelError
 from blindtail.he import cost, noise, program_file
 from blindtail.he.calibration import Calibration, word_bytes
-from blindtail.he.elementwise import Linear, Op, ProductOp, ScaleOp, SquareOp, SumOp
+from blindtail.he.dataflow import finish, last_uses, turns
+from blindtail.he.elementwise import Op, ProductOp, ScaleOp, SquareOp, SumOp
 from blindtail.he.layers import FloatArray
-from blindtail.he.operations import MapOp, grouped, in_slots, landing_scale, leading_scale
-from blindtail.he.params import Parameters
+from blindtail.he.operations import MapOp, grouped, in_slots
 from blindtail.he.program_file import FORMAT_VERSION
-from blindtail.he.spec import (
-    GARBAGE,
-    ZERO,
-    KeyNeed,
-    Layout,
-    ReplyForm,
-    TailSpec,
-    canonical_json,
-    sha256_hex,
-)
-
-RELINEARISE = 0  # the Galois element no rotation has: stands for the relinearisation key
+from blindtail.he.spec import TailSpec
 
 Ct = TypeVar("Ct")
 
@@ -152,7 +140,7 @@ class Program:
     @cached_property
     def content_id(self) -> str:
         """Its own program id, also where it answers under another one (`compatible.serving_as`)."""
-        return _content_id(self.spec, self.ops)
+        return program_file.content_id(self.spec, self.ops)
 
     @property
     def depth(self) -> int:
@@ -199,7 +187,7 @@ class Program:
             ops = () if part == "ticket" else self.ops
         keys: dict[int, int] = {}  # a key is read up to the level it is used at
         for op in ops:
-            for step, level in _turns(op).items():
+            for step, level in turns(op).items():
                 keys[step] = max(keys.get(step, 0), level)
         read = ops if part == "ticket" else self.ops
         limbs = sum(_products(op) * (op.level + 2) for op in read)
@@ -300,109 +288,6 @@ class Program:
         return program
 
 
-def finish(ops: tuple[Op, ...], draft: TailSpec) -> TailSpec:
-    """Fill in what follows from the operations: keys, output layout, program id; check the chain.
-
-    Raises `ModelError` when levels, scales or layouts do not connect.
-    """
-    parameters = draft.parameters
-    # By value: level, scale, layout.
-    values: list[tuple[int, float, Layout]] = [
-        (draft.input_level, draft.input_scale, tile) for tile in draft.input_layout.tiles(parameters.slots)
-    ]
-    inputs, results = len(values), draft.output_ciphertexts
-    last = last_uses(ops, inputs)
-    if len(ops) < results:
-        raise ModelError("a program has an operation for each ciphertext of its result")
-    if len(ops) > program_file.MAX_OPS:
-        raise ModelError(
-            f"the program has {len(ops)} operations, and a file holds {program_file.MAX_OPS}: take a "
-            "larger ring, whose ciphertexts are fewer, or make layers smaller"
-        )
-    for index, op in enumerate(ops):
-        least, ends = 0 if isinstance(op, SumOp) else 1, index >= len(ops) - results
-        if not op.backs or max(op.backs) > inputs + index or min(op.backs) < 1:
-            raise ModelError(f"{op.name}: reads what comes after it or before the input")
-        if isinstance(op, MapOp):
-            before = [(term.in_scale, term.in_layout) for term in op.terms]
-            after = op.out_layout
-        else:
-            before = [(scale, op.layout) for scale in op.in_scales]
-            after = op.layout
-        read = [values[inputs + index - back] for back in op.backs]
-        fits = len(before) == len(read) and all(
-            level >= op.level and (scale, layout) == (wanted, like)
-            for (level, scale, layout), (wanted, like) in zip(read, before, strict=False)
-        )
-        if not fits or op.level < least or (op.out_level < 1 and not ends):
-            raise ModelError(f"{op.name}: its level, scale or layout does not follow from what comes before")
-        if isinstance(op, MapOp):
-            op.check()
-            for term in range(len(op.terms)):
-                op.plain_scale(parameters, term)
-        elif after.imaginary is not None:
-            raise ModelError(f"{op.name}: slots with imaginary parts are for a map to read")
-        else:
-            op.check(parameters)
-        if ends is (inputs + index in last):
-            what = "the result is read" if ends else "nothing reads what it computes"
-            raise ModelError(f"{op.name}: {what}")
-        values.append((op.out_level, op.out_scale, after))
-    for op, (level, scale, tile) in zip(ops[-results:], values[-results:], strict=True):
-        period, content = draft.reply.period // tile.lanes, tile.index
-        repeats = period > 0 and len(content) % period == 0
-        repeats = repeats and np.array_equal(content, np.roll(content, period))
-        if level != 0 or scale != draft.reply.scale or not repeats or not isinstance(op, MapOp):
-            raise ModelError("the last operation does not end in the reply's form")
-    layout = _whole([tile for _, _, tile in values[-results:]])
-    keys = key_needs(ops, parameters)
-    if draft.segment is not None:  # it shares the keys of its chain
-        held = {key.element: key.level for key in draft.keys}
-        if any(held.get(key.element, -1) < key.level for key in keys):
-            raise ModelError("a segment's keys do not cover its operations")
-        keys = draft.keys
-    spec = replace(draft, keys=keys, output_layout=layout)
-    return replace(spec, program_id=_content_id(spec, ops))
-
-
-def key_needs(ops: Sequence[Op], parameters: Parameters) -> tuple[KeyNeed, ...]:
-    """The evaluation keys that operations use, by Galois element, each at its highest level."""
-    needs: dict[int, int] = {}
-    for op in ops:
-        for turn, at in _turns(op).items():
-            element = RELINEARISE if turn == _RELINEARISING else parameters.turn_element(turn)
-            needs[element] = max(needs.get(element, 0), at)
-    return tuple(KeyNeed(element, needs[element]) for element in sorted(needs))
-
-
-def last_uses(ops: Sequence[Op], inputs: int = 1) -> dict[int, int]:
-    """Value -> the last operation that reads it; results, which none reads, are absent."""
-    return {inputs + index - back: index for index, op in enumerate(ops) for back in op.backs}
-
-
-def _whole(tiles: Sequence[Layout]) -> Layout:
-    """The layout of a tensor over several ciphertexts. Raises `ModelError` unless it is all there."""
-    first = tiles[0]
-    if any((tile.size, tile.lanes, tile.imaginary) != (first.size, first.lanes, None) for tile in tiles):
-        raise ModelError("the ciphertexts of the result are not of one tensor")
-    content = tuple(itertools.chain.from_iterable(tile.content for tile in tiles))
-    whole = first if len(tiles) == 1 else Layout(first.size, first.lanes, content)
-    if len(set(whole.content) - {ZERO, GARBAGE}) != whole.size:
-        raise ModelError("the result does not hold every output")
-    return whole
-
-
-#: Stands for relinearisation among turns; turns are of slots, and there are not that many.
-_RELINEARISING = 1 << 62
-
-
-def _turns(op: Op) -> dict[int, int]:
-    """Turn (in slots; ~t conjugates as well) or relinearisation -> highest level it is used at."""
-    if isinstance(op, MapOp):
-        return op.rotations()
-    return {_RELINEARISING: op.level} if isinstance(op, SquareOp | ProductOp) else {}
-
-
 def _products(op: Op) -> int:
     """With plaintexts."""
     if isinstance(op, MapOp):
@@ -410,28 +295,4 @@ def _products(op: Op) -> int:
     return len(op.backs) if isinstance(op, ScaleOp) else 0
 
 
-def _content_id(spec: TailSpec, ops: tuple[Op, ...]) -> str:
-    structure, tensors = program_file.structure(ops)
-    blobs = [part for name in sorted(tensors) for part in (name.encode(), tensors[name].tobytes())]
-    nameless = replace(spec, program_id="0" * 64).to_json()
-    return sha256_hex(canonical_json({**structure, "spec": nameless}), *blobs)
-
-
-__all__ = [
-    "FORMAT_VERSION",
-    "RELINEARISE",
-    "Linear",
-    "MapOp",
-    "Op",
-    "Operations",
-    "ProductOp",
-    "Program",
-    "ReplyForm",
-    "ScaleOp",
-    "SquareOp",
-    "SumOp",
-    "finish",
-    "key_needs",
-    "landing_scale",
-    "leading_scale",
-]
+__all__ = ["Operations", "Program"]

@@ -1,8 +1,12 @@
-"""The file form of a program's operations: JSON for what they are, arrays for their weights."""
+"""The file form of a program's operations: JSON for what they are, arrays for their weights.
+
+A program's identity is a hash of that form.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +15,10 @@ from numpy.typing import NDArray
 from blindtail.errors import ModelError
 from blindtail.he.elementwise import Op, ProductOp, ScaleOp, SquareOp, SumOp
 from blindtail.he.layers import Shapes
+from blindtail.he.layout import Layout, expand_runs, runs
 from blindtail.he.operations import MapOp, Term
 from blindtail.he.sparse import Sparse, Weight
-from blindtail.he.spec import Layout, TailSpec, expand_runs, runs
+from blindtail.he.spec import TailSpec, canonical_json, sha256_hex
 
 #: 2: folds are groups of rotations, offsets have a stride. 3: complex slots; a fold may conjugate.
 #: 4: operations name what they read; products, sums, multiples; maps of several values; sparse weights.
@@ -70,6 +75,14 @@ def structure(ops: tuple[Op, ...]) -> tuple[dict[str, Any], dict[str, NDArray[An
             tensors[f"op{index}.constant"] = np.ascontiguousarray(constant, "<f8")
         listed.append(item)
     return {"format": FORMAT_VERSION, "ops": listed}, tensors
+
+
+def content_id(spec: TailSpec, ops: tuple[Op, ...]) -> str:
+    """The program id: hex SHA-256 over the description but for that id, the operations and their weights."""
+    listed, tensors = structure(ops)
+    blobs = [part for name in sorted(tensors) for part in (name.encode(), tensors[name].tobytes())]
+    nameless = replace(spec, program_id="0" * 64).to_json()
+    return sha256_hex(canonical_json({**listed, "spec": nameless}), *blobs)
 
 
 def _put(name: str, term: Term, tensors: dict[str, NDArray[Any]]) -> tuple[Any, Any]:

@@ -82,12 +82,13 @@ def propagate(
         units = [scales[own - back] for back in op.backs]
         if isinstance(op, Linear):
             plain = [scales[own] * parameters.primes[op.level] / unit for unit in units]
+            products = _Products(op.level, s, read, units, plain, switching)
             if own >= len(scales) - results:
-                ends.append(_last(op.level, s, read, units, plain, switching))
+                ends.append(_last(products))
             elif isinstance(op, MapOp):
-                values.append(_map(op.level, s, read, units, plain, switching))
+                values.append(_map(products))
             else:
-                values.append(_multiples(op.level, s, read, units, plain, parameters))
+                values.append(_multiples(products))
         elif isinstance(op, SumOp):
             deviation = sum(math.sqrt(v.variance) for v in read)
             peak = sum(math.sqrt(v.peak) for v in read) ** 2
@@ -123,65 +124,58 @@ class _Switching:
         return turns * (switch - rounding) / 4 + turns**2 * rounding
 
 
-def _sums(
-    level: int,
-    s: Stats,
-    read: Sequence[_Held],
-    units: Sequence[float],
-    plain: Sequence[float],
-    switching: _Switching,
-) -> tuple[float, float]:
-    """Variance of the sum of products, and the excess of a slot that is hit; before rescaling."""
-    parameters, baby = switching.parameters, switching.baby(level)
-    switch, excess = noise.keyswitch(parameters, level), noise.keyswitch_peak(parameters, level)
+@dataclass(frozen=True)
+class _Products:
+    """What a linear operation reads, each value times plaintexts; to be added up and rescaled.
+
+    units  scales of the values
+    plain  scales of the plaintexts
+    """
+
+    level: int
+    stats: Stats
+    read: Sequence[_Held]
+    units: Sequence[float]
+    plain: Sequence[float]
+    switching: _Switching
+
+
+def _sums(of: _Products) -> tuple[float, float]:
+    """Variance of the sum of products, and the excess of a slot that is hit; rescaled."""
+    s, parameters, baby = of.stats, of.switching.parameters, of.switching.baby(of.level)
+    switch, excess = noise.keyswitch(parameters, of.level), noise.keyswitch_peak(parameters, of.level)
     variance = turned = 0.0
-    for held, unit, factor, one in zip(read, units, plain, s.operands, strict=True):
+    for held, unit, factor, one in zip(of.read, of.units, of.plain, s.operands, strict=True):
         variance += (held.variance * s.alike + (baby if one.baby_turns else 0.0)) * one.power * factor**2
         variance += one.products * noise.encoding(parameters) * (unit * one.rms_in) ** 2
     variance += s.giant_turns * switch
-    for held, factor, one in zip(read, plain, s.operands, strict=True):
+    for held, factor, one in zip(of.read, of.plain, s.operands, strict=True):
         # An input element's excess reaches every output through one weight each; a
         # rotated copy's own stays in the slots that it hits, one per giant step.
         variance += s.alike * held.peak * one.weight_power * factor**2
-        turned += switching.turning * one.power * factor**2 * (one.baby_turns > 0)
-    return variance, excess * (turned / (s.giant_turns + 1) + (s.giant_turns > 0))
+        turned += of.switching.turning * one.power * factor**2 * (one.baby_turns > 0)
+    peak = excess * (turned / (s.giant_turns + 1) + (s.giant_turns > 0))
+    q = parameters.primes[of.level]
+    return variance / q**2 + noise.rounding(parameters), peak / q**2
 
 
-def _map(
-    level: int,
-    s: Stats,
-    read: Sequence[_Held],
-    units: Sequence[float],
-    plain: Sequence[float],
-    switching: _Switching,
-) -> _Held:
-    parameters = switching.parameters
-    variance, peak = _sums(level, s, read, units, plain, switching)
-    q = parameters.primes[level]
-    variance, peak = variance / q**2 + noise.rounding(parameters), peak / q**2
-    excess = switching.turning * noise.keyswitch_peak(parameters, level - 1)
+def _map(of: _Products) -> _Held:
+    s, switching = of.stats, of.switching
+    variance, peak = _sums(of)
+    excess = switching.turning * noise.keyswitch_peak(switching.parameters, of.level - 1)
     peak *= s.giant_turns + 1
     for m, conjugate in s.folds:
         # x and its conjugate have the same real part: it doubles, noise and all.
         merged = (m + 1) * (2 if conjugate else 1)
-        variance = merged * variance + switching.fold(m, level - 1)
+        variance = merged * variance + switching.fold(m, of.level - 1)
         peak = (4 if conjugate else 1) * peak + m * excess
-    return _Held(variance + noise.encoding(parameters), peak)
+    return _Held(variance + noise.encoding(switching.parameters), peak)
 
 
-def _last(
-    level: int,
-    s: Stats,
-    read: Sequence[_Held],
-    units: Sequence[float],
-    plain: Sequence[float],
-    switching: _Switching,
-) -> Noise:
-    parameters = switching.parameters
-    variance, peak = _sums(level, s, read, units, plain, switching)
-    q = parameters.primes[level]
-    variance, peak = variance / q**2 + noise.rounding(parameters), peak / q**2
-    excess = switching.turning * noise.keyswitch_peak(parameters, level - 1)
+def _last(of: _Products) -> Noise:
+    s, switching = of.stats, of.switching
+    variance, peak = _sums(of)
+    excess = switching.turning * noise.keyswitch_peak(switching.parameters, of.level - 1)
     # Folding merges copies, noise and all: averaging them afterwards gains
     # only on what was added since. A sum over r merged copies, averaged over
     # `copies`, keeps r^2 / copies of a slot's variance.
@@ -189,25 +183,19 @@ def _last(
     merged, later, added = 1.0, 0.0, 0.0
     for m, _ in reversed(s.folds):
         later += m * merged**2
-        added += switching.fold(m, level - 1) * merged**2
+        added += switching.fold(m, of.level - 1) * merged**2
         merged *= m + 1
-    variance = (variance * merged**2 + added + noise.encoding(parameters)) / s.copies
+    variance = (variance * merged**2 + added + noise.encoding(switching.parameters)) / s.copies
     peak = (peak * merged**2 + excess * later) / s.copies**2
     return Noise(variance, variance + peak)
 
 
-def _multiples(
-    level: int,
-    s: Stats,
-    read: Sequence[_Held],
-    units: Sequence[float],
-    plain: Sequence[float],
-    parameters: Parameters,
-) -> _Held:
+def _multiples(of: _Products) -> _Held:
     """By element: nothing is turned and nothing averaged."""
-    q = parameters.primes[level]
+    parameters = of.switching.parameters
+    q = parameters.primes[of.level]
     deviation = peak = encoded = 0.0
-    for held, unit, factor, one in zip(read, units, plain, s.operands, strict=True):
+    for held, unit, factor, one in zip(of.read, of.units, of.plain, of.stats.operands, strict=True):
         deviation += math.sqrt(held.variance * one.power) * factor
         peak += math.sqrt(held.peak * one.power) * factor
         encoded += noise.encoding(parameters) * (unit * one.rms_in) ** 2

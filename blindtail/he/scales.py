@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from blindtail.errors import ModelError
 from blindtail.he.elementwise import Linear, Op, ProductOp, ScaleOp, SquareOp
-from blindtail.he.operations import MapOp, landing_scale, leading_scale
+from blindtail.he.operations import MapOp, landing_scale, leading_scales
 from blindtail.he.params import Parameters
 from blindtail.he.propagation import Stats, propagate
 from blindtail.he.spec import TailSpec
@@ -197,7 +197,7 @@ def _exact(
                 target = next(left)
                 if not (exact_end and i + draft.results >= len(draft.ops)):
                     target = _landing(read, target, q)
-            if any(leading_scale(scale, target, q) is None for scale in read):
+            if leading_scales(read, target, q) is None:
                 return None
             made.append(_linear(op, read, target))
         elif isinstance(op, SquareOp):
@@ -219,7 +219,7 @@ def _landing(read: Sequence[float], target: float, q: int) -> float:
     """The scale next to `target` that products of plaintexts with all operands can land on."""
     found = landing_scale(read[0], target, q)
     for step in range(_TRIES):
-        if all(leading_scale(scale, found, q) is not None for scale in read[1:]):
+        if len(read) == 1 or leading_scales(read, found, q) is not None:
             return found
         found = landing_scale(read[0], target * (1 + (step + 1) * 2.0**-48), q)
     return found

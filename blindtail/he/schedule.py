@@ -19,6 +19,7 @@ from blindtail.he import cost, grids, slotmaps
 from blindtail.he.assemble import activation_ops
 from blindtail.he.container import HEADER_BYTES, SEED_BYTES
 from blindtail.he.elementwise import ScaleOp
+from blindtail.he.layout import Layout
 from blindtail.he.normal import Normal
 from blindtail.he.operations import Groups
 from blindtail.he.packing import packed_bytes
@@ -34,7 +35,7 @@ from blindtail.he.rotation_splits import (
     frontier,
     splits,
 )
-from blindtail.he.spec import KeyNeed, Layout
+from blindtail.he.spec import KeyNeed
 
 #: A budget of keys where none is given: so many bytes at N = 8192, growing with N^2 as one key does.
 DEFAULT_KEY_BYTES = 30_000_000

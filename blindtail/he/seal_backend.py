@@ -18,9 +18,11 @@ from blindtail.errors import EvaluationFailed, KeysMissing
 from blindtail.he import container, sealio
 from blindtail.he.backends import Evaluator, Keys, Ticket, no_ticket, write_atomically
 from blindtail.he.container import Seeded
-from blindtail.he.program import RELINEARISE, Linear, Program, SumOp
+from blindtail.he.elementwise import Linear, SumOp
+from blindtail.he.layout import SlotArray
+from blindtail.he.program import Program
 from blindtail.he.sealio import U64
-from blindtail.he.spec import SlotArray
+from blindtail.he.spec import RELINEARISE
 
 _PREPARED = struct.Struct("<8s32sQQ")
 _PREPARED_MAGIC = b"BLTSEAL1"

@@ -22,9 +22,8 @@ from blindtail.he import container, sealio
 from blindtail.he.backends import write_atomically
 from blindtail.he.container import Seeded
 from blindtail.he.layers import FloatArray
-from blindtail.he.program import RELINEARISE
 from blindtail.he.sealio import U64
-from blindtail.he.spec import KeyNeed, TailSpec
+from blindtail.he.spec import RELINEARISE, KeyNeed, TailSpec
 
 _FILE = struct.Struct("<8s32s32sQ")
 _MAGIC = b"BLTSKEY1"

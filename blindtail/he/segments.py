@@ -25,15 +25,18 @@ import numpy as np
 from blindtail.errors import ModelError
 from blindtail.he import cost, plan, tiling
 from blindtail.he.compiler import compile_tail
+from blindtail.he.dataflow import finish, key_needs
 from blindtail.he.layers import Affine, FloatArray, Layer, Quadratic
+from blindtail.he.layout import MOST_CIPHERTEXTS
 from blindtail.he.normal import normalised
 from blindtail.he.objective import Costs, NoPlan, Objective
 from blindtail.he.params import MAX_LOG2_Q_128, Parameters
-from blindtail.he.program import Program, finish, key_needs
+from blindtail.he.program import Program
 from blindtail.he.schedule import BACKEND, KeysTooLarge, default_budget
 from blindtail.he.slotmaps import TooWide
 from blindtail.he.sparse import entries
-from blindtail.he.spec import MOST_CIPHERTEXTS, MOST_SEGMENTS, KeyNeed, Segment, check_chain
+from blindtail.he.spec import MOST_SEGMENTS, KeyNeed, Segment, check_chain
+from blindtail.progress import Progress, Span
 
 #: Parts of the whole budget of keys that each segment is given, until all of them together keep it.
 _SHARES = (1.0, 0.5, 0.25, 0.125, 0.0625)
@@ -63,28 +66,42 @@ class Division:
 
 
 def compile_runs(
-    runs: Sequence[Run], *, ring_degree: int | None = None, key_budget_bytes: int | None = None
+    runs: Sequence[Run],
+    *,
+    ring_degree: int | None = None,
+    key_budget_bytes: int | None = None,
+    progress: Progress | Span | None = None,
 ) -> tuple[tuple[Program, ...], Division]:
     """The segments of a refreshed tail, as one chain (`chained`), or one ordinary program where one does.
 
     ring_degree       N of all segments; without it what `divide` finds
     key_budget_bytes  most bytes of the keys of all segments together; without it as for `compile_tail`,
                       or as few as were found where that is too little
+    progress          told how far it is (`blindtail.progress`)
 
     Raises `ModelError` naming the run, `KeysTooLarge` when the given budget cannot be kept.
     """
-    found = divide([run.layers for run in runs], ring_degree=ring_degree)
+    whole = Span.of(progress)
+    dividing, rest = whole.parts(1, 3)
+    found = divide([run.layers for run in runs], ring_degree=ring_degree, span=dividing)
     pieces = [piece for run, counts in zip(runs, found.pieces, strict=True) for piece in _cut(run, counts)]
     if len(pieces) == 1:
         only = pieces[0]
         made = compile_tail(
-            only.layers, only.values, ring_degree=found.ring_degree, key_budget_bytes=key_budget_bytes
+            only.layers,
+            only.values,
+            ring_degree=found.ring_degree,
+            key_budget_bytes=key_budget_bytes,
+            progress=rest,
         )
         return (made,), found
     limit = key_budget_bytes or default_budget(Parameters.create(1, found.ring_degree))
     least: tuple[int, tuple[Program, ...]] | None = None
-    for share in _SHARES:
-        programs = chained([_compiled(piece, found.ring_degree, round(share * limit)) for piece in pieces])
+    # Most tails keep the budget at once.
+    for share, again in zip(_SHARES, rest.parts(16, *[1] * (len(_SHARES) - 1)), strict=True):
+        budget = round(share * limit)
+        each = again.over(pieces)
+        programs = chained([_compiled(piece, found.ring_degree, budget, span) for piece, span in each])
         size = programs[0].spec.key_bytes
         if least is None or size < least[0]:
             least = (size, programs)
@@ -96,16 +113,21 @@ def compile_runs(
             f"the keys of this tail's {len(pieces)} segments take {least[0]:,} bytes, the budget is "
             f"{key_budget_bytes:,}: allow more, or make its layers smaller"
         )
-    return least[1], found
+    return whole.ended((least[1], found))
 
 
-def _compiled(piece: Run, ring_degree: int, budget: int) -> Program:
+def _compiled(piece: Run, ring_degree: int, budget: int, span: Span) -> Program:
+    (own,) = span.parts(1, name=f"segment {piece.name}: ")
     try:
         try:
-            return compile_tail(piece.layers, piece.values, ring_degree=ring_degree, key_budget_bytes=budget)
+            return compile_tail(
+                piece.layers, piece.values, ring_degree=ring_degree, key_budget_bytes=budget, progress=own
+            )
         except (KeysTooLarge, NoPlan):
             fewest = Objective({"key_bytes": 1.0})
-            return compile_tail(piece.layers, piece.values, ring_degree=ring_degree, objective=fewest)
+            return compile_tail(
+                piece.layers, piece.values, ring_degree=ring_degree, objective=fewest, progress=own
+            )
     except ModelError as error:
         raise type(error)(f"segment {piece.name}: {error}") from error
 
@@ -136,7 +158,9 @@ def _with_squares(maps: Sequence[Affine]) -> list[Layer]:
 # -- where to cut ------------------------------------------------------------------------
 
 
-def divide(runs: Sequence[Sequence[Layer]], *, ring_degree: int | None = None) -> Division:
+def divide(
+    runs: Sequence[Sequence[Layer]], *, ring_degree: int | None = None, span: Span | None = None
+) -> Division:
     """The fewest round trips that fit, then the least predicted seconds of all segments together.
 
     Rings are tried in the order of the round trips that their levels allow, smaller ones first: a
@@ -150,11 +174,11 @@ def divide(runs: Sequence[Sequence[Layer]], *, ring_degree: int | None = None) -
     }
     best: Division | None = None
     problem: ModelError | None = None
-    for n in sorted(rings, key=lambda n: (bounds[n], n)):
+    for n, part in Span.of(span).over(sorted(rings, key=lambda n: (bounds[n], n))):
         if best is not None and bounds[n] >= best.segments:
             break
         try:
-            found = _divided(runs, n)
+            found = _divided(runs, n, part)
         except ModelError as error:
             problem = error
             continue
@@ -175,12 +199,13 @@ def _most_maps(n: int) -> int:
     return (MAX_LOG2_Q_128[n] // 30 - 1) // 2
 
 
-def _divided(runs: Sequence[Sequence[Layer]], n: int) -> Division:
+def _divided(runs: Sequence[Sequence[Layer]], n: int, span: Span) -> Division:
     pieces, seconds = list[tuple[int, ...]](), 0.0
     most = _most_maps(n)
-    for layers in runs:
+    for layers, part in span.over(runs):
         tail = normalised(layers)
         maps = tail.maps
+        part.at(0.0, f"where to cut: {maps[0].name}, N = {n}")
         if not tail.is_chain:
             pieces.append((len(maps),))
             seconds += _seconds(layers, n)

@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from blindtail.errors import ModelError
 from blindtail.he.diagonals import repeat_length
 from blindtail.he.layers import FloatArray
+from blindtail.he.layout import GARBAGE, ZERO, Layout
 from blindtail.he.operations import Groups
-from blindtail.he.spec import GARBAGE, ZERO, Layout
 
 IntArray = NDArray[np.int32]
 

@@ -1,7 +1,7 @@
 """Maps over several ciphertexts: how each value is cut into tiles, and what that costs.
 
-A value lies over tiles as a tile tensor says (`blindtail.he.tiles`). A map between two such
-values is one `MapOp` for each tile of its output, which reads all tiles of its input: of a
+A value lies over tiles as a tile tensor says (`blindtail.he.tiles`). A map of one such value or
+of several is one `MapOp` for each tile of its output, which reads all tiles of its inputs: of a
 convolution whose rows and columns are interleaved, most of them at the same place, so that
 rotations are for the tiles' borders alone; of a dense layer at every offset, split into baby
 and giant steps. All of them read the same values, so a rotated tile is computed once
@@ -10,27 +10,23 @@ by rotations at the end: everywhere along the first axis, once along others.
 
 Which offsets are used is not derived from kernels but from the weights that are not zero, as
 everywhere (`blindtail.he.diagonals`): padding, strides, dilation, groups and pruned weights
-come for free. `blindtail.he.tiling` chooses tile shapes for
-every value and the split of rotations.
+come for free. `blindtail.he.tile_counts` counts the same without making the map, and
+`blindtail.he.tiling` chooses tile shapes for every value and the split of rotations.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from blindtail.errors import ModelError
-from blindtail.he import cost
 from blindtail.he.diagonals import Met, meet, repeat_length
-from blindtail.he.operations import Groups, in_slots
-from blindtail.he.schedule import BACKEND, WORD_BYTES
-from blindtail.he.slotmaps import fold_groups
+from blindtail.he.layout import Layout
 from blindtail.he.sparse import FloatArray, Sparse, Weight
-from blindtail.he.spec import Layout
 from blindtail.he.tiles import IntArray, TileShape
 
 
@@ -57,15 +53,15 @@ class Placed:
 
 @dataclass(frozen=True, eq=False)
 class TiledMap:
-    """One map between two placed values.
+    """One map of one placed value or of several.
 
     rows     (tiles, positions) of the output, before sums
-    blocks   by tile of the output, then by tile of the input: the weights between them
+    blocks   by tile of the output, then by tile that is read (`reads`): the weights between them
     met      the same: where these weights are met; offsets: rotations that are used, in positions, rising
     steps    (step, doublings) of sums by rotations at the end
     """
 
-    source: Placed
+    sources: tuple[Placed, ...]
     target: Placed
     rows: IntArray
     blocks: tuple[tuple[Weight, ...], ...]
@@ -73,12 +69,17 @@ class TiledMap:
     offsets: tuple[tuple[tuple[int, ...], ...], ...]
     steps: tuple[tuple[int, int], ...]
 
+    @cached_property
+    def reads(self) -> tuple[Layout, ...]:
+        """Tiles of all values that are read, in order."""
+        return tuple(tile for source in self.sources for tile in source.tiles)
+
     @property
     def products(self) -> int:
         return sum(len(one) for row in self.offsets for one in row)
 
     def rotations(self, baby: int) -> set[tuple[int, int]]:
-        """(input tile, positions) of distinct rotations by baby steps."""
+        """(tile that is read, positions) of distinct rotations by baby steps."""
         return {(i, k % baby) for row in self.offsets for i, one in enumerate(row) for k in one if k % baby}
 
     def giants(self, baby: int) -> int:
@@ -86,32 +87,41 @@ class TiledMap:
         return sum(max((one[-1] // baby for one in row if one), default=0) for row in self.offsets)
 
 
-def between(weight: Weight, source: Placed, target: Placed) -> TiledMap:
+def between(read: Sequence[tuple[Weight, Placed]], target: Placed) -> TiledMap:
     """Which weights are between which tiles, and at which offsets.
 
-    Raises `ModelError` where sums do not leave the target's shape, or a tile of it is nothing but bias.
+    read  each value that the map reads, with its weights; products of all are summed before sums by rotations
+
+    Raises `ModelError` where sums do not leave the target's shape, a tile of it is nothing but bias, or
+    some values have imaginary parts and others none.
     """
-    rows = target.shape.rows()
-    contents = [tile.index for tile in source.tiles]
+    rows, sources = target.shape.rows(), tuple(source for _, source in read)
+    name = f"{target.name} from {' and '.join(source.name for source in sources)}"
+    if len({source.halved for source in sources}) > 1:
+        raise ModelError(f"{name}: the sum with the conjugate would count the real ones twice")
+    contents = [tile.index for source in sources for tile in source.tiles]
     period = repeat_length(*rows, *contents)
-    blocks, mets = [], []
-    cut = _cut(weight, rows, [_held(tile) for tile in source.tiles])
-    for own, found in zip(rows, cut, strict=True):
-        met = tuple(
-            meet(one, own, tile, len(own), 1, period) for one, tile in zip(found, source.tiles, strict=True)
-        )
+    blocks: list[list[Weight]] = [[] for _ in rows]
+    mets: list[list[Met]] = [[] for _ in rows]
+    for weight, source in read:
+        cut = _cut(weight, rows, [_held(tile) for tile in source.tiles])
+        for own, found, block, met in zip(rows, cut, blocks, mets, strict=True):
+            block += found
+            met += [
+                meet(one, own, tile, len(own), 1, period)
+                for one, tile in zip(found, source.tiles, strict=True)
+            ]
+    for own, met in zip(rows, mets, strict=True):
         if any(one.unused for one in met) or repeat_length(own, *contents) != period:
-            raise ModelError(f"{target.name} from {source.name}: some weight meets no element")
+            raise ModelError(f"{name}: some weight meets no element")
         if not any(one.offsets for one in met):
             raise ModelError(f"{target.name}: all weights of a tile are zero; prune whole channels")
-        blocks.append(tuple(found))
-        mets.append(met)
     offsets = tuple(tuple(one.offsets for one in met) for met in mets)
-    steps = _sums(target.shape, period, source.halved)
-    return TiledMap(source, target, rows, tuple(blocks), tuple(mets), offsets, steps)
+    steps = sums(target.shape, period, sources[0].halved)
+    return TiledMap(sources, target, rows, tuple(map(tuple, blocks)), tuple(map(tuple, mets)), offsets, steps)
 
 
-def _sums(shape: TileShape, period: int, halved: bool) -> tuple[tuple[int, int], ...]:
+def sums(shape: TileShape, period: int, halved: bool) -> tuple[tuple[int, int], ...]:
     """Sums by rotations that leave `shape`, where what is multiplied repeats with `period` positions.
 
     (0, 1) is the sum with the conjugate. Raises `ModelError` where some would be counted twice.
@@ -157,87 +167,12 @@ def _cut(weight: Weight, rows: IntArray, columns: Sequence[IntArray]) -> list[li
     # Sixteen bits are sorted in one pass; entries of a block stay in order.
     order = np.argsort(label.astype(np.int16), kind="stable")
     ends = np.searchsorted(label[order], np.arange(len(rows) * len(columns) + 1))
-    found = [
-        Sparse(weight.shape, weight.rows[part], weight.columns[part], weight.values[part])
-        for part in (order[a:b] for a, b in itertools.pairwise(ends.tolist()))
-    ]
+    found = [weight.part(part) for part in (order[a:b] for a, b in itertools.pairwise(ends.tolist()))]
     return [found[at : at + len(columns)] for at in range(0, len(found), len(columns))]
 
 
 def _dense_block(weight: FloatArray, rows: IntArray, columns: IntArray) -> Sparse:
-    part = weight[np.ix_(rows, columns)]
-    r, c = np.nonzero(part)
-    return Sparse.unordered((weight.shape[0], weight.shape[1]), rows[r], columns[c], part[r, c])
+    return Sparse.block((weight.shape[0], weight.shape[1]), rows, columns, weight[np.ix_(rows, columns)])
 
 
-# -- splits of rotations, and their costs ----------------------------------------------
-
-
-@dataclass(frozen=True)
-class Split:
-    """How one map's rotations are split: baby steps in positions, fold groups, and what it costs."""
-
-    baby: int
-    folds: Groups
-    seconds: float
-    plain_bytes: int
-    needs: tuple[tuple[int, int], ...]  # turn in slots, level
-
-
-def splits(made: TiledMap, level: int, n: int) -> list[Split]:
-    """Every split of baby and giant steps with every way to group the sums."""
-    lanes, used = made.source.lanes, [k for row in made.offsets for one in row for k in one]
-    most = max(used, default=0)
-    babies = {1 << bit for bit in range(most.bit_length() + 1)} | {most + 1}
-    babies |= {-(-(most + 1) // giants) for giants in range(1, min(most + 1, 64) + 1)}
-    groupings = list(_groupings(made.steps))
-    found = []
-    for baby in sorted(babies):
-        turned, giants = made.rotations(baby), made.giants(baby)
-        needs = {b * lanes for _, b in turned} | ({baby * lanes} if giants else set())
-        for folds in groupings:
-            counts = count(made, level, len(turned), len({i for i, _ in turned}), giants, folds)
-            turns = dict.fromkeys(sorted(needs), level)
-            for f in itertools.chain.from_iterable(folds):
-                turns.setdefault(in_slots(f, lanes), level - 1)
-            tiles = len(made.rows)
-            plain = (made.products * (level + 2) + tiles * level) * n * WORD_BYTES
-            seconds = cost.seconds(BACKEND, n, [counts], request=False)
-            found.append(Split(baby, folds, seconds, plain, tuple(sorted(turns.items()))))
-    return found
-
-
-def _groupings(steps: Sequence[tuple[int, int]]) -> Iterator[Groups]:
-    """Fold groups: each step's doublings by ones and by pairs, and all at once."""
-    conjugate = (0, 1) in steps
-    for width in (1, 2, 3):
-        groups: list[tuple[int, ...]] = []
-        for step, bits in steps:
-            if step:
-                shares = [min(width, bits - at) for at in range(0, bits, width)]
-                groups += fold_groups(step, shares)
-        if conjugate:
-            groups.append((~0,))
-        yield tuple(groups)
-        if all(bits <= width for _, bits in steps):
-            return
-
-
-def count(made: TiledMap, level: int, rotations: int, turned: int, giants: int, folds: Groups) -> cost.Counts:
-    """On `native`: digits of `turned` tiles and `rotations` of them, once for all tiles of the output."""
-    sizes = [len(group) for group in folds]
-    tiles = len(made.rows)
-    one = cost.affine(level, 0, 0, 0, sizes, BACKEND)  # what each output tile costs on top
-    k = level + 1
-    return cost.Counts(
-        rotations + giants + tiles * sum(sizes),
-        made.products,
-        tiles * one.transforms + turned * k * (k + 1) + giants * (k + 1) ** 2,
-        tiles * one.key_pairs + (rotations + giants) * k * (k + 1),
-        made.products * 2 * (k + 1),
-        tiles * one.turns + (rotations + giants) * 2 * (k + 1),
-        tiles * one.copies + (len(made.source.tiles) - 1) * 3 * k,
-    )
-
-
-__all__ = ["Placed", "Split", "TiledMap", "between", "count", "splits"]
+__all__ = ["Placed", "TiledMap", "between", "sums"]

@@ -18,6 +18,7 @@ from blindtail.he.assemble import Builder, activated_value, applied, mapped
 from blindtail.he.completion import checked, completed
 from blindtail.he.elementwise import Op, ScaleOp
 from blindtail.he.layers import FloatArray, Layer
+from blindtail.he.layout import SlotArray
 from blindtail.he.normal import Normal, normalised
 from blindtail.he.objective import Objective
 from blindtail.he.operations import MapOp, Term
@@ -26,10 +27,10 @@ from blindtail.he.program import Program
 from blindtail.he.propagation import Operand, Stats
 from blindtail.he.scales import Draft
 from blindtail.he.sparse import entries
-from blindtail.he.spec import SlotArray
 from blindtail.he.tiled import TiledMap
 from blindtail.he.tiles import TileShape
 from blindtail.he.tiling import Tiling, choose
+from blindtail.progress import Progress, Span
 
 _UNSET = 2.0
 #: Rows of calibration data that are followed slot by slot: tiles have many diagonals.
@@ -46,6 +47,7 @@ def compile_tiled(
     image: Sequence[int] | None = None,
     only: Sequence[Sequence[TileShape]] | None = None,
     every: bool = False,
+    progress: Progress | Span | None = None,
 ) -> Program:
     """Compile alternating affine maps and polynomials over as many ciphertexts as they need.
 
@@ -55,6 +57,7 @@ def compile_tiled(
     ring_degree  N; without it the smallest ring that is 128-bit secure
     image        shape of the activation at the cut, (C, H, W), where the layers do not tell
     only, every  as for `tiled.choose`
+    progress     told how far it is (`blindtail.progress`)
 
     Levels consumed: one a map, one a square. Raises `ModelError` with the way out, `NoPlan` where
     no tiling keeps the objective's bounds.
@@ -63,13 +66,20 @@ def compile_tiled(
     x = checked(calibration, tail.maps[0])
     parameters = Parameters.create(tail.depth, ring_degree)
     wanted = objective or plan.fastest(tail, ring_degree)
+    whole = Span.of(progress)
+    looking, rest = whole.parts(1, 1)
+    looking.at(0.0, "tile shapes")
     found = choose(tail, parameters, wanted, image=image, lanes=lanes, every=every, only=only)
-    return compile_tiling(tail, x, found)
+    return whole.ended(compile_tiling(tail, x, found, rest))
 
 
-def compile_tiling(tail: Normal, calibration: FloatArray, tiling: Tiling) -> Program:
+def compile_tiling(
+    tail: Normal, calibration: FloatArray, tiling: Tiling, span: Span | None = None
+) -> Program:
     """The program of a tiling that was chosen for this very tail."""
-    draft = drafted(tail, tiling, calibration)
+    drafting, rest = Span.of(span).parts(1, 1)
+    drafting.at(0.0, "layouts of tiles")
+    draft = drafted(tail, tiling, calibration, drafting)
     last = tiling.maps[-1].target
     index = last.layout.index.reshape(len(last.tiles), -1)
     period = index.shape[1]
@@ -84,15 +94,17 @@ def compile_tiling(tail: Normal, calibration: FloatArray, tiling: Tiling) -> Pro
         last.layout,
         period * last.lanes,
         calibration,
+        rest,
     )
 
 
-def drafted(tail: Normal, tiling: Tiling, x: FloatArray) -> Draft:
+def drafted(tail: Normal, tiling: Tiling, x: FloatArray, span: Span | None = None) -> Draft:
     """Operations at their levels, tile after tile, with statistics of calibration data x, (n, features)."""
     builder = Builder(tiling.parameters.max_level, len(tiling.first.tiles))
-    values = list(range(len(tiling.first.tiles)))
+    held = [list(range(len(tiling.first.tiles)))]  # by value of the tail: its tiles
     ties: dict[int, int] = {}
     for index, made in enumerate(tiling.maps):
+        values = [tile for value, _ in tail.sources(index) for tile in held[value]]
         level = min(builder.levels[value] for value in values)
         ops = [_map_op(tail, tiling, index, made, tile, level) for tile in range(len(made.rows))]
         results = list[int]()
@@ -115,10 +127,10 @@ def drafted(tail: Normal, tiling: Tiling, x: FloatArray) -> Draft:
                 )
                 _tie_alike(builder, began, start)
             results = per_tile
-        values = results
+        held.append(results)
     ties.update(builder.ties)
-    stats = _statistics(tail, tiling, builder.ops, x)
-    return Draft(tuple(builder.ops), stats, ties, len(tiling.first.tiles), len(values))
+    stats = _statistics(tail, tiling, builder.ops, x, Span.of(span))
+    return Draft(tuple(builder.ops), stats, ties, len(tiling.first.tiles), len(held[-1]))
 
 
 def _tie_alike(builder: Builder, began: int, start: int) -> None:
@@ -131,10 +143,10 @@ def _tie_alike(builder: Builder, began: int, start: int) -> None:
 
 
 def _map_op(tail: Normal, tiling: Tiling, index: int, made: TiledMap, tile: int, level: int) -> MapOp:
-    """One tile's map, reading all tiles of its input; where there are no weights, with none."""
+    """One tile's map, reading all tiles of its inputs; where there are no weights, with none."""
     step, split = tail.maps[index], tiling.splits[index]
     terms = []
-    for layout, weight, offsets in zip(made.source.tiles, made.blocks[tile], made.offsets[tile], strict=True):
+    for layout, weight, offsets in zip(made.reads, made.blocks[tile], made.offsets[tile], strict=True):
         bound = offsets[-1] + 1 if offsets else 1
         terms.append(Term(1, weight, layout, bound, 1, _UNSET))
     first, *others = terms
@@ -157,7 +169,9 @@ def _map_op(tail: Normal, tiling: Tiling, index: int, made: TiledMap, tile: int,
     )
 
 
-def _statistics(tail: Normal, tiling: Tiling, ops: Sequence[Op], x: FloatArray) -> tuple[Stats, ...]:
+def _statistics(
+    tail: Normal, tiling: Tiling, ops: Sequence[Op], x: FloatArray, span: Span
+) -> tuple[Stats, ...]:
     exact, _ = tail.values(x)
     largest = [float(np.abs(v).max()) for v in exact]
     pick = x[:: max(1, len(x) // _SAMPLES)][:_SAMPLES]
@@ -168,7 +182,8 @@ def _statistics(tail: Normal, tiling: Tiling, ops: Sequence[Op], x: FloatArray) 
     known: dict[int, float] = {}
     found: list[Stats] = []
     at = 0
-    for op in ops:
+    for op, part in span.over(ops):
+        part.at(0.0, f"{op.name}: values")
         read = [held[len(held) - back] for back in op.backs]
         rms = [
             known.get(len(held) - back, float(np.sqrt((np.abs(v) ** 2).mean())))

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blindtail.errors import ModelError
-from blindtail.he.spec import GARBAGE, MOST_CIPHERTEXTS, ZERO, Layout
+from blindtail.he.layout import GARBAGE, MOST_CIPHERTEXTS, ZERO, Layout
 
 IntArray = NDArray[np.int32]
 Kind = Literal["", "~", "*", "?"]

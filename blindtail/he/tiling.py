@@ -1,18 +1,20 @@
 """Which tile shapes the values of a tail get, and how rotations are split: what an objective wants.
 
 Every value's shape is chosen together with its neighbours', since a map's cost depends on
-both: states go from map to map, the best few by the shape that they end in, at several
-prices for a byte of keys. With `every` nothing is left out.
+both: states go from map to map, the best by the shapes that later maps read, at several
+prices for a byte of keys where keys are bounded. What a pair of shapes costs is counted without
+making its map, and its rotations are split only where a bound on its cost leaves it in the race.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blindtail.errors import ModelError
 from blindtail.he import cost
@@ -22,121 +24,48 @@ from blindtail.he.objective import Costs, NoPlan, Objective
 from blindtail.he.packing import packed_bytes
 from blindtail.he.params import Parameters
 from blindtail.he.schedule import BACKEND, WORD_BYTES, activated, key_bytes, relinearisation
-from blindtail.he.slotmaps import LEAST_PERIOD, power_of_two
-from blindtail.he.sparse import entries
-from blindtail.he.spec import MOST_CIPHERTEXTS
-from blindtail.he.tiled import Placed, Split, TiledMap, between, splits
-from blindtail.he.tiles import Axis, Kind, TileShape
+from blindtail.he.tile_counts import Counted, Known, Operand, Split, each
+from blindtail.he.tile_shapes import Which, candidates, given, which
+from blindtail.he.tiled import Placed, TiledMap, between
+from blindtail.he.tiles import TileShape
 
-#: Shapes of a value that are looked at, those with the fewest tiles first; states that go on.
-_SHAPES, _BEAM = 6, 24
-#: Tails with at most so many weights in each map are quick to look at: images in tiles of any sides.
-_FEW, _MANY_SHAPES = 500, 32
-#: Of the shapes with the most tiles that are looked at, tiles over the fewest there can be.
-_MORE_TILES = 4
-#: Weights of one map from which on images are laid out by rule (`natural`) and vectors in as few
-#: ciphertexts as there can be: a look takes a second.
-_LARGE = 300_000
+#: States that go on from a map.
+_BEAM = 128
+#: Of those with the same shapes, where keys cost something, so many with the cheapest keys each.
+_KEYS = 4
 #: What a byte of keys may cost, in seconds: each gives another compromise of time and keys.
 _PRICES = (0.0, *(10.0**e for e in range(-12, -6)))
 
 
-# -- shapes ------------------------------------------------------------------------------
-
-
-def shapes(
-    image: Sequence[int], positions: int, *, every: bool = False, last: bool = False, few: bool = False
-) -> list[TileShape]:
-    """Shapes of a tensor (C, H, W), (C, W) or (n,), those with the fewest tiles first.
-
-    every  all with powers of two along each axis, interleaved or not, and sums of all lengths
-    last   of the logits: repeating where there is room, so that replies are short
-    few    all but those of images with one axis interleaved and another cut without, the first `_MANY_SHAPES`
-    """
-    if len(image) > 1 and not last:
-        found = list(_images(image, positions, every, few))
-        least = min((shape.tiles for shape in found), default=MOST_CIPHERTEXTS + 1)
-        if not (every or few):  # twice as many rows as columns, or the other way round, where that is less
-            found += [s for s in _images(image, positions, every, few, askew=2) if s.tiles < least]
-    else:
-        found = list(_vectors(math.prod(image), positions, every or few, last))
-    found = sorted(dict.fromkeys(found), key=lambda s: (s.tiles, str(s)))
-    if not found:
-        raise ModelError(f"a tensor {tuple(image)} needs more than {MOST_CIPHERTEXTS} ciphertexts")
-    return found if every else found[: _MANY_SHAPES if few else _SHAPES]
-
-
-def _images(
-    image: Sequence[int], positions: int, every: bool, few: bool, askew: int = 1
-) -> Iterator[TileShape]:
-    """askew: how many times as many rows as columns tiles of square images have, or the reverse."""
-    channels, sides = image[0], image[1:]
-    fewest = -(-math.prod(image) // positions)
-    for tiles in itertools.product(*([1 << b for b in range(power_of_two(n).bit_length())] for n in sides)):
-        room = positions // math.prod(tiles)
-        if not room:
-            continue
-        square = len(tiles) == 2 and sides[0] == sides[1]
-        if not (every or few) and square and max(tiles) != askew * min(tiles):
-            continue
-        own = min(room, power_of_two(channels))
-        kinds: list[tuple[Kind, ...]] = [
-            (("~", "") if (every or few) and t > 1 else ("~",)) if t < n else ("",)
-            for n, t in zip(sides, tiles, strict=True)
-        ]
-        for kind in itertools.product(*kinds):
-            if not every and _mixed(kind, tiles, sides):
-                continue
-            axes = [Axis(channels, own), *(Axis(n, t, k) for n, t, k in zip(sides, tiles, kind, strict=True))]
-            many = math.prod(axis.tiles for axis in axes)
-            if many > MOST_CIPHERTEXTS or (not (every or few) and many > _MORE_TILES * fewest):
-                continue
-            rest = room // own
-            yield TileShape((Axis(1, rest, "*"), *axes) if rest > 1 else tuple(axes))
-            if (every or few) and rest > 1:
-                yield TileShape((*axes, Axis(1, rest, "?")))
-
-
-def _mixed(kind: Sequence[Kind], tiles: Sequence[int], sides: Sequence[int]) -> bool:
-    """Whether one axis that is cut into tiles of several places is interleaved and another is not."""
-    return len({k for k, t, n in zip(kind, tiles, sides, strict=True) if 1 < t < n}) > 1
-
-
-def _vectors(size: int, positions: int, every: bool, last: bool) -> Iterator[TileShape]:
-    own = min(power_of_two(size), positions)
-    own = max(own, min(LEAST_PERIOD, positions)) if last else own
-    rest = positions // own
-    yield TileShape((Axis(1, rest, "*"), Axis(size, own)) if rest > 1 else (Axis(size, own),))
-    if last and not every:
-        return
-    for bit in range(own.bit_length() - 1 if not last else 0):
-        held = 1 << bit
-        if -(-size // held) > (MOST_CIPHERTEXTS if every else _MORE_TILES * -(-size // positions)):
-            continue
-        yield TileShape((Axis(size, held), Axis(1, positions // held, "?")))
-        if every:
-            yield TileShape((Axis(1, positions // held, "*"), Axis(size, held)))
-
-
-# -- the choice ---------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class Tiling:
-    """A choice for a whole tail: parameters, the placed input, and a map with its split for each map."""
+    """A choice for a whole tail: parameters, the placed values, and a split for each map."""
 
+    tail: Normal
     parameters: Parameters
-    first: Placed
-    maps: tuple[TiledMap, ...]
+    values: tuple[Placed, ...]
     splits: tuple[Split, ...]
     costs: Costs
+
+    @property
+    def first(self) -> Placed:
+        """The activation at the cut."""
+        return self.values[0]
+
+    @cached_property
+    def maps(self) -> tuple[TiledMap, ...]:
+        """Each map between its values, made when first asked for."""
+        return tuple(
+            between([(weight, self.values[value]) for value, weight in self.tail.sources(index)], target)
+            for index, target in enumerate(self.values[1:])
+        )
 
     def describe(self) -> dict[str, object]:
         """For people and JSON."""
         return {
             "ring_degree": self.parameters.ring_degree,
-            "values": [self.first.name, *(made.target.name for made in self.maps)],
-            "ciphertexts": [len(self.first.tiles), *(len(made.rows) for made in self.maps)],
+            "values": [value.name for value in self.values],
+            "ciphertexts": [value.shape.tiles for value in self.values],
             "baby": [split.baby for split in self.splits],
         }
 
@@ -151,30 +80,36 @@ def choose(
     every: bool = False,
     only: Sequence[Sequence[TileShape]] | None = None,
 ) -> Tiling:
-    """The tile shapes and splits that an objective wants, of a tail whose maps have one operand each.
+    """The tile shapes and splits that an objective wants.
 
     image  of the activation at the cut, (C, H, W); without it what the first map knows
     every  look at all shapes and all combinations: minutes for more than two maps
     only   for the input and each map's output, the shapes to look at; one for half as many elements as
            the input has puts the second half in imaginary parts
 
-    Raises `ModelError` where shapes do not fit or maps read older values, and `NoPlan` where no
-    choice keeps the bounds.
+    Raises `ModelError` where shapes do not fit, and `NoPlan` where no choice keeps the bounds.
     """
-    if any(step.skips for step in tail.maps):
-        raise ModelError(f"{tail.maps[0].name}: a tail over several ciphertexts reads one value a layer")
     positions = parameters.slots // lanes
-    candidates = _candidates(tail, positions, lanes, image, every, only)
-    known = _Known(tail, candidates, parameters)
+    seed: _Graph | None = None
+    if only is not None:
+        placed = given(tail, positions, lanes, only)
+    else:
+        look: Which = "all" if every else which(tail, positions, image)
+        placed = candidates(tail, positions, lanes, look, image)
+        if look == "all" and not every:
+            seed = _Graph(tail, parameters, candidates(tail, positions, lanes, "some", image))
+    graph = _Graph(tail, parameters, placed, every)
     best: Tiling | None = None
     tried: list[Costs] = []
     for key_s in _PRICES:
-        for found in _search(tail, parameters, known, _Prices(objective, key_s, parameters), every):
+        for found in _cheapest(graph, seed, _Prices(objective, key_s, parameters)):
             tried.append(found.costs)
             if not objective.admits(found.costs):
                 continue
             if best is None or objective.value(found.costs) < objective.value(best.costs):
                 best = found
+        if best is not None and not key_s:
+            break  # other prices are for keys that bounds do not admit
     if best is None:
         told = ", ".join(f"{name} <= {bound:g}" for name, bound in objective.at_most.items())
         least = min(tried, key=lambda costs: costs.key_bytes)
@@ -185,130 +120,76 @@ def choose(
     return best
 
 
-def _candidates(
-    tail: Normal,
-    positions: int,
-    lanes: int,
-    image: Sequence[int] | None,
-    every: bool,
-    only: Sequence[Sequence[TileShape]] | None,
-) -> list[list[Placed]]:
-    """For the input and each map's output."""
-    if only is not None:
-        return _given(tail, positions, lanes, only)
-    first = tail.maps[0]
-    known = [image or (first.shapes[0] if first.shapes else (first.weight.shape[1],))]
-    known += [step.shapes[1] if step.shapes else (len(step.bias),) for step in tail.maps]
-    most = max(len(entries(step.weight)) for step in tail.maps)
-    used = max(int(np.count_nonzero(entries(step.weight))) for step in tail.maps)
-    large, few = not every and most > _LARGE, not every and used <= _FEW
-    asked = [_asked(known, number, positions, every, large, few) for number in range(len(known))]
-    found = [[Placed(shape, lanes) for shape in of_value] for of_value in asked]
-    told = known[0]
-    if told[0] % 2 == 0:  # at the cut, half of the tensor may ride as imaginary parts
-        half = [(told[0] // 2, *told[1:]), *known[1:]]
-        halves = _asked(half, 0, positions, every, large, few)
-        found[0] += [Placed(shape, lanes, True) for shape in halves if shape.defined]
-    last = tail.maps[-1].bias
-    if len(last) > positions // 2:  # a result is opened by the device: nothing in it is undefined
-        found[-1] = [one for one in found[-1] if one.shape.defined]
-    return found
+class _Graph:
+    """A tail's values in their shapes and the maps between them, counted when first asked for."""
 
+    def __init__(
+        self,
+        tail: Normal,
+        parameters: Parameters,
+        placed: Sequence[Sequence[Placed]],
+        every: bool = False,
+    ) -> None:
+        self.tail, self.parameters, self.every = tail, parameters, every
+        self.values = [[Known(one) for one in of_value] for of_value in placed]
+        self.levels = [parameters.max_level - depth for depth in tail.depths[0]]
+        self._reads = [
+            [(value, Operand(weight)) for value, weight in tail.sources(index)]
+            for index in range(len(tail.maps))
+        ]
+        self._counted: dict[tuple[int, tuple[int, ...], int], Counted | None] = {}
+        self.problem = ModelError("")
+        read = [{value for value, _ in operands} for operands in self._reads]
+        #: After each map, values so far that a later one reads.
+        self.live = [
+            [value for value in range(index + 2) if any(value in later for later in read[index + 1 :])]
+            for index in range(len(tail.maps))
+        ]
 
-def _given(
-    tail: Normal, positions: int, lanes: int, only: Sequence[Sequence[TileShape]]
-) -> list[list[Placed]]:
-    """Raises `ModelError` for shapes of other sizes than the values' or the ciphertexts'."""
-    sizes = [tail.maps[0].weight.shape[1], *(len(step.bias) for step in tail.maps)]
-    if len(only) != len(sizes) or not all(only):
-        raise ModelError(f"give shapes for the input and each map's output: {len(sizes)} lists, none empty")
-    found = []
-    for number, (size, of_value) in enumerate(zip(sizes, only, strict=True)):
-        for shape in of_value:
-            if shape.positions != positions:
-                raise ModelError(f"{shape}: {shape.positions} positions, a ciphertext has {positions}")
-            if shape.size != size and (number or 2 * shape.size != size):
-                raise ModelError(f"{shape}: {shape.size} elements, value {number} of this tail has {size}")
-            if shape.size != size and not shape.defined:
-                raise ModelError(f"{shape}: beside imaginary parts nothing may be undefined; write */t")
-        found.append([Placed(shape, lanes, shape.size != size) for shape in of_value])
-    return found
+    def map(self, index: int, places: Sequence[int], target: int) -> Counted | None:
+        """places: the shape of each value so far. None where those that are read do not go together."""
+        key = index, tuple(places[value] for value, _ in self._reads[index]), target
+        if key not in self._counted:
+            read = [(operand, self.values[value][places[value]]) for value, operand in self._reads[index]]
+            to, level = self.values[index + 1][target], self.levels[index]
+            try:
+                self._counted[key] = Counted(read, to, level, self.parameters.ring_degree, self.every)
+            except ModelError as error:
+                self._counted[key], self.problem = None, error
+        return self._counted[key]
 
+    def floor(self, index: int, places: Sequence[int], target: int) -> tuple[float, int]:
+        """Seconds and bytes of plaintexts that a map between these shapes takes at least, uncounted."""
+        to, level, n = self.values[index + 1][target], self.levels[index], self.parameters.ring_degree
+        read = self._reads[index]
+        products = sum(operand.least(self.values[value][places[value]], to) for value, operand in read)
+        products, one = max(products, to.tiles), each(level, n)
+        plain = (products * (level + 2) + to.tiles * level) * n * WORD_BYTES
+        return products * one.product + to.tiles * one.tile, plain
 
-def _asked(
-    known: Sequence[Sequence[int]], number: int, positions: int, every: bool, large: bool, few: bool
-) -> list[TileShape]:
-    """Shapes to look at for one value of those known."""
-    own = known[number]
-    small = number + 1 == len(known) and math.prod(own) <= positions // 2
-    if large and len(own) == 3 and not small:
-        after = [image for image in known[number:] if len(image) == 3]
-        return [natural(own, after[min(1, len(after) - 1)] if number == 0 else own, positions)]
-    found = shapes(own, positions, every=every, last=small, few=few)
-    found = found[:1] if large else found
-    return found if number else [_full(shape) for shape in found]
-
-
-def _full(shape: TileShape) -> TileShape:
-    """A device fills every place: what sums by rotations would leave undefined is held as often as fits."""
-    return TileShape(tuple(Axis(1, axis.tile, "*") if axis.kind == "?" else axis for axis in shape.axes))
-
-
-def natural(image: Sequence[int], at: Sequence[int], positions: int) -> TileShape:
-    """Of an image (C, H, W), at the resolution of another: pictures of every so-manieth pixel.
-
-    A convolution from one resolution to the other then reads neighbours at few offsets.
-    """
-    down, across = (min(power_of_two(n), power_of_two(m)) for n, m in zip(image[1:], at[1:], strict=True))
-    while down * across > positions:
-        down, across = (down // 2, across) if down >= across else (down, across // 2)
-    room = positions // (down * across)
-    own = min(room, power_of_two(image[0]))
-    sides = [Axis(n, t, "~" if t < n else "") for n, t in zip(image[1:], (down, across), strict=True)]
-    axes = (Axis(image[0], own), *sides)
-    return TileShape((Axis(1, room // own, "*"), *axes) if room > own else axes)
+    def activation(self, index: int) -> tuple[float, int]:
+        """Seconds and bytes of plaintexts that a tile's activation behind this map takes."""
+        if index >= len(self.tail.activations):
+            return 0.0, 0
+        spent = activated(self.tail, index, self.levels[index] - 1, self.parameters.ring_degree)
+        return spent.total_s, spent.plain_bytes
 
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """The maps so far. `price`: of time, plaintexts and uplink; keys are priced by all that are needed."""
+    """The maps so far, counted, with a row of their splits.
+
+    price  of all of it
+    held   the level of each turn's key, -1 where there is none; turns with a conjugation from the end
+    places the shape of each value so far
+    """
 
     seconds: float
     plain_bytes: int
     price: float
-    needs: Mapping[int, int]
+    held: NDArray[np.int8]
     places: tuple[int, ...]
-    maps: tuple[TiledMap, ...]
-    splits: tuple[Split, ...]
-
-
-class _Known:
-    """Maps between placed values and their splits, made when first asked for."""
-
-    def __init__(self, tail: Normal, candidates: Sequence[Sequence[Placed]], parameters: Parameters) -> None:
-        self._tail, self.candidates, self._n = tail, candidates, parameters.ring_degree
-        self._levels = [parameters.max_level - depth for depth in tail.depths[0]]
-        self._made: dict[tuple[int, int, int], tuple[TiledMap, list[Split]] | None] = {}
-        self.problem = ModelError("")
-
-    def map(self, index: int, source: int, target: int) -> tuple[TiledMap, list[Split]] | None:
-        """None where these two shapes do not go together."""
-        key = index, source, target
-        if key not in self._made:
-            values = self.candidates[index][source], self.candidates[index + 1][target]
-            try:
-                made = between(self._tail.maps[index].weight, *values)
-                self._made[key] = made, splits(made, self._levels[index], self._n)
-            except ModelError as error:
-                self._made[key], self.problem = None, error
-        return self._made[key]
-
-    def activation(self, index: int) -> tuple[float, int]:
-        """Seconds and bytes of plaintexts that a tile's activation behind this map takes."""
-        if index >= len(self._tail.activations):
-            return 0.0, 0
-        spent = activated(self._tail, index, self._levels[index] - 1, self._n)
-        return spent.total_s, spent.plain_bytes
+    maps: tuple[tuple[Counted, int], ...] = ()
 
 
 class _Prices:
@@ -318,80 +199,147 @@ class _Prices:
         told = objective.weights
         # A grain of time decides where only the rest counts.
         self.second = max(told.get("total_s", 0.0) + told.get("online_s", 0.0), 1e-12)
+        self.online = told.get("online_s", 0.0)
         self.plain = told.get("memory_bytes", 0.0)
         self.uplink = told.get("uplink_bytes", 0.0)
-        self.key = key_s * self.second + told.get("key_bytes", 0.0)
-        self.sizes = [key_bytes(parameters, at) for at in range(parameters.max_level + 1)]
-        self._memory = [_expanded(parameters, at) for at in range(parameters.max_level + 1)]
+        key = key_s * self.second + told.get("key_bytes", 0.0)
+        levels = range(parameters.max_level + 1)
+        each = [key * key_bytes(parameters, at) + self.plain * _expanded(parameters, at) for at in levels]
+        #: Of a key by its level, and of none, which is level -1.
+        self.keys = np.asarray([*each, 0.0])
 
-    def keys(self, needs: Mapping[int, int]) -> float:
-        return sum(self.key * self.sizes[at] + self.plain * self._memory[at] for at in needs.values())
+    def spent(self, seconds: float, plain: float, tiles: int, activated: tuple[float, int]) -> float:
+        """A map and its activation, of so many tiles, without keys."""
+        return self.second * (seconds + tiles * activated[0]) + self.plain * (plain + tiles * activated[1])
 
-    def split(self, split: Split, needs: Mapping[int, int]) -> float:
-        """Of a split, keys counted that are not there yet."""
-        return self.second * split.seconds + self.plain * split.plain_bytes + self.keys(_joined(needs, split))
+    def after(
+        self, state: _State, made: Counted, level: int, activated: tuple[float, int], to: int
+    ) -> _State:
+        """With the split that is cheapest where keys that are there cost nothing."""
+        splits = made.splits
+        prices = self.second * splits.seconds
+        if self.keys.any():
+            there = self.keys[state.held[splits.turns]]
+            high, low = (np.maximum(self.keys[at] - there, 0.0) for at in (level, level - 1))
+            prices = prices + splits.high @ high + splits.low @ low
+        row = int(prices.argmin())
+        held = state.held.copy()
+        for needed, at in ((splits.high[row], level), (splits.low[row], level - 1)):
+            turns = splits.turns[needed]
+            held[turns] = np.maximum(held[turns], at)
+        spent = made.tiles * activated[0]
+        plain = made.plain_bytes + made.tiles * activated[1]
+        return _State(
+            state.seconds + float(splits.seconds[row]) + spent,
+            state.plain_bytes + plain,
+            state.price + float(prices[row]) + self.spent(0.0, made.plain_bytes, made.tiles, activated),
+            held,
+            (*state.places, to),
+            (*state.maps, (made, row)),
+        )
 
 
-def _joined(needs: Mapping[int, int], split: Split) -> dict[int, int]:
-    found = dict(needs)
-    for turn, at in split.needs:
-        found[turn] = max(found.get(turn, 0), at)
-    return found
+def _cheapest(graph: _Graph, seed: _Graph | None, prices: _Prices) -> list[Tiling]:
+    """Tilings that are cheapest at these prices, the best first.
+
+    seed  of fewer shapes: what costs more than the cheapest of those is left out early
+    """
+    found: list[Tiling] = []
+    bound = math.inf
+    if seed is not None:
+        try:
+            states = _search(seed, prices, math.inf)
+        except ModelError:
+            states = []  # these shapes do not go together: there are others
+        found = [_tiling(seed, state) for state in states[:1]]
+        bound = min((state.price for state in states), default=math.inf)
+    states = _search(graph, prices, bound)
+    return [_tiling(graph, state) for state in (states if graph.every else states[:2])] + found
 
 
-def _search(
-    tail: Normal, parameters: Parameters, known: _Known, prices: _Prices, every: bool
-) -> Iterator[Tiling]:
-    """Tilings that are cheapest at these prices, the best first."""
-    n = parameters.ring_degree
-    each = SEED_BYTES + sum(packed_bytes(n, q.bit_length()) for q in parameters.primes)
+def _search(graph: _Graph, prices: _Prices, bound: float) -> list[_State]:
+    """Of the last map, the cheapest first; of those that cost less than `bound`."""
+    n, parameters = graph.parameters.ring_degree, graph.parameters
     states: list[_State] = []
-    for number, first in enumerate(known.candidates[0]):
-        more = len(first.tiles) - 1
-        spent = cost.seconds(BACKEND, n, []) + more * cost.REFERENCE[BACKEND].expand_s * n / 8192
-        uplink = prices.uplink * (more + 1) * each
-        states.append(_State(spent, 0, prices.second * spent + uplink, {}, (number,), (), ()))
-    for index in range(len(tail.maps)):
-        seconds, plain = known.activation(index)
-        following: dict[tuple[int, ...], list[_State]] = {}
-        for state, target in itertools.product(states, range(len(known.candidates[index + 1]))):
-            found = known.map(index, state.places[-1], target)
-            if found is None:
+    for number, first in enumerate(graph.values[0]):
+        spent = cost.seconds(BACKEND, n, []) + _expand_s(n, first.tiles - 1)
+        price = prices.second * spent - prices.online * _expand_s(n, first.tiles)
+        price += prices.uplink * first.tiles * _each_bytes(parameters)
+        states.append(_State(spent, 0, price, np.full(2 * parameters.slots, -1, np.int8), (number,)))
+    for index in range(len(graph.tail.maps)):
+        grown = _following(graph, prices, states, index, bound)
+        states = sorted(grown, key=lambda state: state.price)
+        if not states:
+            if bound < math.inf:
+                break
+            name = graph.tail.maps[index].name
+            raise ModelError(f"{name}: no shapes of its tiles go together: {graph.problem}")
+        states = states if graph.every else states[:_BEAM]
+    return states
+
+
+def _following(
+    graph: _Graph, prices: _Prices, states: Sequence[_State], index: int, most: float
+) -> Iterator[_State]:
+    """States with one more map that cost less than `most`: for the shapes that later maps read, the cheapest.
+
+    Where keys cost something, a few with other keys, which later maps may need; where nothing is left
+    out, one for each set of keys.
+    """
+    activation, level = graph.activation(index), graph.levels[index]
+    kept = len(states) * _BEAM if graph.every else _KEYS if prices.keys.any() and graph.live[index] else 1
+    for target, to in enumerate(graph.values[index + 1]):
+        ways: dict[tuple[int, ...], list[tuple[float, int, _State, Counted]]] = {}
+        for number, state in enumerate(states):
+            floor = graph.floor(index, state.places, target)
+            if state.price + prices.spent(*floor, to.tiles, activation) >= most:
                 continue
-            made, ways = found
-            split = min(ways, key=lambda way: prices.split(way, state.needs))
-            spent, held = split.seconds + len(made.rows) * seconds, split.plain_bytes + len(made.rows) * plain
-            grown = _State(
-                state.seconds + spent,
-                state.plain_bytes + held,
-                state.price + prices.second * spent + prices.plain * held,
-                _joined(state.needs, split),
-                (*state.places, target),
-                (*state.maps, made),
-                (*state.splits, split),
-            )
-            following.setdefault(grown.places if every else (target,), []).append(grown)
-        if not following:
-            raise ModelError(f"{tail.maps[index].name}: no shapes of its tiles go together: {known.problem}")
-        whole = [min(held, key=lambda s: s.price + prices.keys(s.needs)) for held in following.values()]
-        states = sorted(whole, key=lambda s: s.price + prices.keys(s.needs))
-        states = states if every else states[:_BEAM]
-    relinearised = relinearisation(tail, parameters.max_level)
-    for state in states if every else states[:2]:
-        first = known.candidates[0][state.places[0]]
-        costs = _costs(parameters, state, len(first.tiles) * each, relinearised)
-        yield Tiling(parameters, first, state.maps, state.splits, costs)
+            made = graph.map(index, state.places, target)
+            if made is not None:
+                alike = tuple((*state.places, target)[value] for value in graph.live[index])
+                least = state.price + prices.spent(made.floor_s, made.plain_bytes, to.tiles, activation)
+                ways.setdefault(alike, []).append((least, number, state, made))
+        for of_shapes in ways.values():
+            found: dict[bytes, _State] = {}
+            bound = most
+            for least, _, state, made in sorted(of_shapes, key=lambda way: way[:2]):
+                if least >= bound:
+                    break
+                grown = prices.after(state, made, level, activation, target)
+                key = grown.held.tobytes() if kept > 1 else b""
+                if grown.price < (found[key].price if key in found else bound):
+                    found[key] = grown
+                    if len(found) > kept:
+                        del found[max(found, key=lambda key: found[key].price)]
+                    if len(found) == kept:
+                        bound = max(state.price for state in found.values())
+            yield from found.values()
 
 
-def _costs(parameters: Parameters, state: _State, uplink: int, relinearised: int) -> Costs:
-    levels = [*state.needs.values(), *([relinearised] if relinearised else [])]
-    return Costs(
+def _each_bytes(parameters: Parameters) -> int:
+    """Of a ciphertext of the activation."""
+    residues = sum(packed_bytes(parameters.ring_degree, q.bit_length()) for q in parameters.primes)
+    return SEED_BYTES + residues
+
+
+def _expand_s(n: int, tiles: int) -> float:
+    """Seconds to expand the seeds of so many ciphertexts of the activation."""
+    return tiles * cost.REFERENCE[BACKEND].expand_s * n / 8192
+
+
+def _tiling(graph: _Graph, state: _State) -> Tiling:
+    parameters, tiles = graph.parameters, graph.values[0][state.places[0]].tiles
+    relinearised = relinearisation(graph.tail, parameters.max_level)
+    levels = [*state.held[state.held >= 0].tolist(), *([relinearised] if relinearised else [])]
+    costs = Costs(
         total_s=state.seconds,
-        online_s=state.seconds,
-        uplink_bytes=HEADER_BYTES + uplink,
+        online_s=state.seconds - _expand_s(parameters.ring_degree, tiles),  # all that a ticket holds
+        uplink_bytes=HEADER_BYTES + tiles * _each_bytes(parameters),
         key_bytes=HEADER_BYTES + sum(key_bytes(parameters, at) for at in levels),
         memory_bytes=state.plain_bytes + sum(_expanded(parameters, at) for at in levels),
     )
+    values = tuple(of[place].placed for of, place in zip(graph.values, state.places, strict=True))
+    return Tiling(graph.tail, parameters, values, tuple(made.split(row) for made, row in state.maps), costs)
 
 
 def _expanded(parameters: Parameters, level: int) -> int:
@@ -399,4 +347,4 @@ def _expanded(parameters: Parameters, level: int) -> int:
     return 2 * (level + 2) * (level + 1) * parameters.ring_degree * WORD_BYTES
 
 
-__all__ = ["Tiling", "choose", "natural", "shapes"]
+__all__ = ["Tiling", "choose"]

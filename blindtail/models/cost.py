@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from blindtail.errors import ModelError
-
-Shape = tuple[int, ...]
+from blindtail.models.several import Form, form_of
 
 
 def _macs(module: nn.Module, output: Tensor) -> int:
@@ -31,11 +30,10 @@ def _macs(module: nn.Module, output: Tensor) -> int:
 
 
 @torch.no_grad()
-def trace_cost(module: nn.Module, input_shape: Shape, name: str) -> tuple[int, Shape]:
-    """Run one image of zeros, shape (1, *input_shape), through `module` in evaluation mode.
+def trace_cost(module: nn.Module, given: Form, name: str) -> tuple[int, Form]:
+    """Run one image of zeros, each (1, *shape), through `module` in evaluation mode; two as well for a tuple.
 
-    Returns (macs, output shape without the batch). Raises `ModelError` naming
-    the layer that refuses its input.
+    Returns (macs, what it gives). Raises `ModelError` naming the layer that refuses its input.
     """
     total = 0
     inside: list[str] = []
@@ -59,21 +57,20 @@ def trace_cost(module: nn.Module, input_shape: Shape, name: str) -> tuple[int, S
     modes = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
-        output = module(torch.zeros(1, *input_shape))
+        output = module(*given.zeros())
+        macs = total
+        pair = None if isinstance(output, Tensor) else module(*given.zeros(2))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         where = inside[-1] if inside else name
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"layer {where} refuses its input; {name} is given {input_shape}: {reason}"
-        ) from error
+        shapes = given.told() if given.several else given.shape
+        raise ModelError(f"layer {where} refuses its input; {name} is given {shapes}: {reason}") from error
     finally:
         for handle in handles:
             handle.remove()
         for child, mode in modes:
             child.training = mode
-    if not isinstance(output, Tensor) or output.dim() < 2 or output.shape[0] != 1:
-        raise ModelError(f"{name} must turn one batch (B, ...) into one tensor (B, ...)")
-    return total, tuple(int(n) for n in output.shape[1:])
+    return macs, form_of(output, pair, name)
 
 
 def count_bytes(module: nn.Module) -> int:

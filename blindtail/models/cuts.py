@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,10 +26,10 @@ from blindtail.models.plans import (
     too_large,
 )
 from blindtail.models.tracing import first_line
+from blindtail.progress import Progress, Span
 
 Shape = tuple[int, ...]
 #: (plans made, plans to make, the cut that is planned)
-Progress = Callable[[int, int, str], None]
 #: Random inputs where no calibration data is given.
 RANDOM_INPUTS = 16
 
@@ -136,14 +136,12 @@ def planned(
     progress: Progress | None,
     calibrated: bool,
 ) -> list[Cut]:
-    made = []
-    for done, draft in enumerate(drafts):
-        if progress is not None:
-            progress(done, len(drafts), network.name(draft.node))
-        made.append(_plan_one(network, draft, samples, plans, named, calibrated))
-    if progress is not None:
-        progress(len(drafts), len(drafts), "")
-    return made
+    made, whole = [], Span.of(progress)
+    for draft, part in whole.over(drafts):
+        part.at(0.0, network.name(draft.node))
+        (own,) = part.parts(1, name=f"{network.name(draft.node)}: ")
+        made.append(_plan_one(network, draft, samples, plans, named, calibrated, own))
+    return whole.ended(made)
 
 
 def _plan_one(
@@ -153,6 +151,7 @@ def _plan_one(
     plans: bool,
     named: bool,
     calibrated: bool,
+    span: Span,
 ) -> Cut:
     node, walk, verdict = draft.node, draft.walk, draft.verdict
     problems, note, found, surprising = list(draft.problems), "", None, False
@@ -165,7 +164,7 @@ def _plan_one(
                 found, note = dense_plan(walk.widths, network.width(network.output)), DENSE
             elif not note:
                 tail = tail_module(network, node, walk if verdict == "rewrite" else None)
-                found, trouble = plan(tail, shape, values, own_weights=verdict == "runs")
+                found, trouble = plan(tail, shape, values, own_weights=verdict == "runs", progress=span)
                 if trouble and calibrated:
                     verdict, note, surprising = "rewrite", trouble, True
                 elif trouble:

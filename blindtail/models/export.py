@@ -72,13 +72,16 @@ def _export(module: nn.Module, inputs: Sequence[tuple[str, tuple[int, ...]]], na
 
 
 def export_head(model: SplitModel) -> dict[str, bytes]:
-    """Graphs "stage0", "stage1", ... and "exit0", ... (by index of the exit)."""
+    """Graphs "stage0", "stage1", ... and "exit0", ... (by index of the exit).
+
+    Each takes and gives one tensor: after a stage that gives several, the flat activation (1, features).
+    """
     graphs: dict[str, bytes] = {}
     shape: tuple[int, ...] = model.preprocessing.input_shape
-    for i, stage in enumerate(model.stages):
-        graphs[f"stage{i}"] = export_graph(stage, shape, f"stage{i}")
-        shape = model.stage_infos[i].output_shape
+    for i, info in enumerate(model.stage_infos):
+        graphs[f"stage{i}"] = export_graph(model.stage(i), shape, f"stage{i}")
+        shape = info.output_shape
     for index, after in enumerate(model.exits_after):
         shape = model.stage_infos[after].output_shape
-        graphs[f"exit{index}"] = export_graph(model.exits[str(after)], shape, f"exit{index}")
+        graphs[f"exit{index}"] = export_graph(model.exit(after), shape, f"exit{index}")
     return graphs

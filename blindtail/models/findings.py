@@ -22,6 +22,7 @@ from blindtail.models.operations import (
     name_of,
     rule_module,
 )
+from blindtail.models.several import kind_of
 from blindtail.models.tracing import Untraceable, first_line
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def of_network(network: Network) -> list[Finding]:
         findings.append(
             Finding(
                 "forward",
-                type(network.root).__name__,
+                kind_of(network.root),
                 "rewrite",
                 reason,
                 "leave the batch alone: x.flatten(1), x.shape[1:]",
@@ -191,7 +192,7 @@ def _branches(network: Network) -> list[Finding]:
     for line in dict.fromkeys(d.line for d in network.traced.decisions):
         reason = f"its forward branches on the values of an activation ({line})"
         rewrite = "move the branch into the head, before the cut (an early exit: `exits` of SplitModel)"
-        found.append(Finding("forward", type(network.root).__name__, "edge", reason, rewrite, line=line))
+        found.append(Finding("forward", kind_of(network.root), "edge", reason, rewrite, line=line))
     return found
 
 
@@ -252,7 +253,7 @@ def not_finite(root: nn.Module) -> list[Finding]:
     for path, tensor in root.state_dict().items():
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             owner = path.rpartition(".")[0]
-            kind = type(root.get_submodule(owner)).__name__ if owner else type(root).__name__
+            kind = type(root.get_submodule(owner)).__name__ if owner else kind_of(root)
             reason = f"{path} holds NaN or infinity"
             rewrite = "train it again with a lower rate, or load an earlier checkpoint"
             found.append(Finding(owner or path, kind, "rewrite", reason, rewrite))

@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 from blindtail.errors import ModelError
 from blindtail.he.bases import MAX_WIDTH
 from blindtail.models import findings as telling
-from blindtail.models.cuts import RANDOM_INPUTS, Cut, Progress, draft, planned, something_left
+from blindtail.models.cuts import RANDOM_INPUTS, Cut, draft, planned, something_left
 from blindtail.models.findings import Finding
 from blindtail.models.network import Network
 from blindtail.models.plans import (
@@ -42,7 +42,9 @@ from blindtail.models.plans import (
 )
 from blindtail.models.reading import read
 from blindtail.models.refresh import Refresh, RefreshCosts, refresh_costs
+from blindtail.models.several import MOST_TENSORS, Flat, several
 from blindtail.models.tracing import Untraceable, first_line, unwrapped
+from blindtail.progress import Progress, Span
 
 Shape = tuple[int, ...]
 #: Rows of calibration data that are used.
@@ -66,7 +68,7 @@ class LintReport:
 
     @property
     def whole(self) -> Cut | None:
-        """The cut at the input: the whole network encrypted. None where it takes several inputs."""
+        """The cut at the input: the whole network encrypted. None where it does not take floats alone."""
         return next((cut for cut in self.cuts if cut.name == "input"), None)
 
     @property
@@ -105,34 +107,35 @@ def lint(
     """Read a network: a finding for each layer, and every place where it can be cut.
 
     module       any `nn.Module`; used in evaluation mode, left unchanged
-    input_shape  of one image, without the batch; several for a forward with several inputs
+    input_shape  of one image, without the batch; several for a forward with several inputs: then the
+                 cut at the input is that of a tail in which they meet
     calibration  preprocessed inputs (n, *input_shape): plans then use your weights and ranges.
-                 Without it inputs are standard normal
+                 Without it inputs are standard normal. Of several inputs (n, features), each
+                 flattened, one after the other
     cut          plan this one only, also where it is slow
     plans        False: no costs, only verdicts
 
     Raises `ModelError` when the network does not run on such inputs, when calibration data does not
     fit, or when there is no such cut. A network that cannot be traced is a finding.
     """
-    shapes = _shapes(input_shape)
-    name = type(module).__name__
+    given, name = _shapes(input_shape), type(module).__name__
+    root, shapes = _of_one_tensor(_prepared(module), given)
     data = None if calibration is None else _checked(calibration, shapes)
-    root = _prepared(module)
     try:
         inputs = {batch: _random(root, shapes, batch) for batch in (2, 3)}
     except ModelError as error:
         one = _random(root, shapes, 1)  # raises where it runs on nothing
         found = [telling.one_image(name, error), *telling.not_finite(root), *telling.listed(root, one)]
-        return LintReport(name, shapes, tuple(found), (), "none")
+        return LintReport(name, given, tuple(found), (), "none")
     bad = telling.not_finite(root)
     try:
         network = read(root, inputs[2], inputs[3])
     except Untraceable as error:
         found = [telling.untraceable(name, error), *bad, *telling.listed(root, inputs[2])]
-        return LintReport(name, shapes, tuple(found), (), "none")
+        return LintReport(name, given, tuple(found), (), "none")
     if not network.results or network.output.op == "placeholder":
         found = [*telling.of_network(network), *bad, telling.no_output(name)]
-        return LintReport(name, shapes, tuple(found), (), "none")
+        return LintReport(name, given, tuple(found), (), "none")
     positions = network.positions()
     if cut is not None:
         positions = [_find(network, cut)]
@@ -142,7 +145,7 @@ def lint(
     samples, source = _samples(network, shapes, data, [d.node for d in drafts if plans and not d.problems])
     made = planned(network, drafts, samples, plans, cut is not None, progress, data is not None)
     findings = [*bad, *telling.of_network(network), *telling.limits(network, made)]
-    return LintReport(name, shapes, tuple(findings), tuple(made), source)
+    return LintReport(name, given, tuple(findings), tuple(made), source)
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ class RefreshedCut:
 
 def lint_refreshed(
     module: nn.Module,
-    input_shape: Shape,
+    input_shape: Shape | Sequence[Shape],
     calibration: NDArray[Any] | None = None,
     *,
     cut: str | None = None,
@@ -176,23 +179,19 @@ def lint_refreshed(
     THE EDGE SEES THE ACTIVATIONS between round trips: it is the owner's decision. Raises `ModelError`
     when the network does not run on such inputs, cannot be traced, or has no such cut.
     """
-    shapes = _shapes(input_shape)
+    root, shapes = _of_one_tensor(_prepared(module), _shapes(input_shape))
     data = None if calibration is None else _checked(calibration, shapes)
-    root = _prepared(module)
-    try:
-        network = read(root, _random(root, shapes, 2), _random(root, shapes, 3))
-    except Untraceable as error:
-        raise ModelError(f"{type(module).__name__} cannot be cut: {error.reason} ({error.line})") from error
+    network = _read(root, shapes, type(module).__name__)
     if cut is None:
         positions = [n for n in network.positions() if network.natural(n) and something_left(network, n)]
     else:
         positions = [_find(network, cut)]
     samples, _ = _samples(network, shapes, data, positions)
     most = MOST_FOLDING_VALUES if cut is None else MOST_NAMED_VALUES
-    found = []
-    for done, node in enumerate(positions):
-        if progress is not None:
-            progress(done, len(positions), network.name(node))
+    found, whole = [], Span.of(progress)
+    for node, part in whole.over(positions):
+        part.at(0.0, network.name(node))
+        (own,) = part.parts(1, name=f"{network.name(node)}: ")
         shape, costs, note = tuple(int(n) for n in node.meta["value"][1:]), None, ""
         values = samples.get(node)
         if values is None:
@@ -201,30 +200,40 @@ def lint_refreshed(
             if network.width(node) > MAX_WIDTH:
                 raise ModelError(f"too wide: {network.width(node)} values, a tail holds {MAX_WIDTH}")
             with np.errstate(all="ignore"):
-                costs = refresh_costs(tail_module(network, node), shape, values, refresh or Refresh(), most)
+                costs = refresh_costs(
+                    tail_module(network, node), shape, values, refresh or Refresh(), most, own
+                )
         except (ModelError, RuntimeError, MemoryError) as error:
             note = first_line(error)
         found.append(RefreshedCut(network.name(node), shape, costs, note))
-    return tuple(found)
+    return whole.ended(tuple(found))
 
 
 def split(module: nn.Module, input_shape: Shape | Sequence[Shape], after: str) -> tuple[nn.Module, nn.Module]:
     """(head, tail) of a network cut after `after`, a name of `LintReport.cuts`; in evaluation mode.
 
-    Parts for `SplitModel.from_parts`: head as a stage, tail in `tails`. Weights are copies. Raises
+    Parts for `SplitModel.from_parts`: head as a stage, tail in `tails`. Weights are copies. At the
+    "input" of a network with several inputs the head gives a tuple of them. Raises
     `ModelError` when there is no such cut.
     """
-    network, node = _cut_at(module, input_shape, after)
+    shapes, root = _shapes(input_shape), _prepared(module)
+    if after == "input" and _of_one_tensor(root, shapes)[0] is not root:
+        return _Inputs().eval(), root
+    network = _read(root, shapes, type(module).__name__)
+    node = _find(network, after)
     return head_module(network, node).eval(), tail_module(network, node).eval()
 
 
 def rewritten_tail(module: nn.Module, input_shape: Shape | Sequence[Shape], after: str) -> nn.Module:
     """The tail of a network cut after `after` with every rewrite made; new layers are untrained.
 
+    At the input of a network with several inputs it takes (B, features), each flattened, one after the other.
     Raises `ModelError` when there is no such cut, when something no rewrite mends stands in its way, or
     when it is too large to be folded.
     """
-    network, node = _cut_at(module, input_shape, after)
+    root, shapes = _of_one_tensor(_prepared(module), _shapes(input_shape))
+    network = _read(root, shapes, type(module).__name__)
+    node = _find(network, after)
     found = draft(network, node, {finding.layer: finding for finding in telling.not_finite(network.root)})
     if found.problems:
         nodes = [problem.node for problem in found.changed.problems[:1] if problem.node in network.rulings]
@@ -235,14 +244,20 @@ def rewritten_tail(module: nn.Module, input_shape: Shape | Sequence[Shape], afte
     return tail_module(network, node, found.changed).eval()
 
 
-def _cut_at(module: nn.Module, input_shape: Shape | Sequence[Shape], after: str) -> tuple[Network, fx.Node]:
-    shapes = _shapes(input_shape)
-    root = _prepared(module)
+def _of_one_tensor(root: nn.Module, shapes: tuple[Shape, ...]) -> tuple[nn.Module, tuple[Shape, ...]]:
+    """A network with several inputs of floats as one of the flat activation that they make (`several`)."""
+    if not 1 < len(shapes) <= MOST_TENSORS or telling.refusal(root, several(shapes).zeros()) is not None:
+        return root, shapes
+    form = several(shapes)
+    return Flat(root, form).eval(), (form.shape,)
+
+
+def _read(root: nn.Module, shapes: Sequence[Shape], name: str) -> Network:
+    """Raises `ModelError`."""
     try:
-        network = read(root, _random(root, shapes, 2), _random(root, shapes, 3))
+        return read(root, _random(root, shapes, 2), _random(root, shapes, 3))
     except Untraceable as error:
-        raise ModelError(f"{type(module).__name__} cannot be cut: {error.reason} ({error.line})") from error
-    return network, _find(network, after)
+        raise ModelError(f"{name} cannot be cut: {error.reason} ({error.line})") from error
 
 
 def _find(network: Network, name: str) -> fx.Node:
@@ -289,6 +304,13 @@ class _Alone(nn.Sequential):
         return self[0](*inputs)  # type: ignore[no-any-return]
 
 
+class _Inputs(nn.Module):
+    """A stage that does nothing, for several tensors."""
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return inputs
+
+
 def _shapes(given: Shape | Sequence[Shape]) -> tuple[Shape, ...]:
     """One shape or several -> several. Raises `ModelError`."""
     nested = bool(given) and all(isinstance(s, Sequence) for s in given)
@@ -302,7 +324,7 @@ def _shapes(given: Shape | Sequence[Shape]) -> tuple[Shape, ...]:
 def _checked(calibration: NDArray[Any], shapes: Sequence[Shape]) -> list[Tensor]:
     x = np.asarray(calibration)
     if len(shapes) != 1:
-        raise ModelError("calibration data needs a network with one input")
+        raise ModelError("calibration data needs a network with one input, or several of floats")
     if x.ndim < 1 or tuple(x.shape[1:]) != shapes[0] or not len(x):
         raise ModelError(
             f"calibration data has shape {x.shape}; this network takes inputs of (n, "

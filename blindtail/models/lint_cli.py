@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from torch import nn
 
-    from blindtail.models.cuts import Progress
+    from blindtail.progress import Progress
 
 
 def register(app: typer.Typer) -> None:
@@ -118,12 +118,10 @@ def _lint_refreshed(
     from blindtail.models.lint import lint_refreshed
     from blindtail.models.refresh import Refresh
 
-    if len(shapes) != 1:
-        raise ConfigError("--refresh takes a network with one input")
     with _bar(quiet=as_json) as progress:
         try:
             found = lint_refreshed(
-                network, shapes[0], calibration, cut=cut, refresh=Refresh(at), progress=progress
+                network, shapes, calibration, cut=cut, refresh=Refresh(at), progress=progress
             )
         except ModelError as error:
             raise ConfigError(str(error)) from error
@@ -149,7 +147,7 @@ def _bar(quiet: bool) -> Iterator[Progress]:
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("{task.percentage:>3.0f}%"),
     )
     with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
         task = bar.add_task("reading the network", total=None)

@@ -54,7 +54,7 @@ def network(where: str, shapes: list[tuple[int, ...]]) -> tuple[nn.Module, list[
         shapes = shapes or [found.preprocessing.input_shape]
         if found.cuts:
             last = found.cuts[-1]
-            found = nn.Sequential(*list(found.stages)[: last + 1], found.tails[str(last)])
+            found = nn.Sequential(*(found.stage(i) for i in range(last + 1)), found.tail(last))
     return found, given(shapes)
 
 

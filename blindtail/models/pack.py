@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,37 +14,30 @@ from torch import Tensor, nn
 
 from blindtail.bundle import CloudBundle, EdgeBundle, content_version
 from blindtail.errors import ConfigError, InputError, ModelError
-from blindtail.he.compiler import check_depth, compile_tail
-from blindtail.he.frontend import fold_tail
-from blindtail.he.layers import Affine, Layer
+from blindtail.he import choice
+from blindtail.he.compiler import check_depth
 from blindtail.he.objective import Objective
-from blindtail.he.plan import Plan, best
-from blindtail.he.program import Program
-from blindtail.he.scales import LogitsTooLarge
+from blindtail.he.plan import Plan
 from blindtail.he.spec import canonical_json
 from blindtail.he.stability import WAYS_OUT, Stability, Verdict, check, enforce
+from blindtail.he.tiling import Tiling
 from blindtail.interludes import RefreshedTail, graph_name
 from blindtail.models.export import export_head
-from blindtail.models.refresh import Refresh, RefreshedProgram, refresh_tail, runs_of
+from blindtail.models.refresh import Refresh, RefreshedProgram, runs_of
 from blindtail.models.split import SplitModel
+from blindtail.models.tails import (
+    TailCompiler,
+    activations,
+    by_cut,
+    check_model,
+    compile_tails,
+    folded,
+    refresh_tails,
+)
+from blindtail.progress import Progress, Span
 
-#: A folded tail and activations at its cut, (n, features), to a program.
-TailCompiler = Callable[[Sequence[Layer], NDArray[np.float64]], Program]
 #: Images on which a new model's head is compared with the one that devices hold.
 _COMPARED = 32
-
-
-@torch.no_grad()
-def activations(model: SplitModel, images: NDArray[Any], cut: int, batch: int = 500) -> NDArray[np.float64]:
-    """Raw images (n, C, H, W) -> flattened activations at a cut, (n, features), as the edge computes them."""
-    x = torch.from_numpy(model.preprocessing.apply(images))
-    training = model.training
-    model.eval()
-    try:
-        parts = [model.head(x[i : i + batch], cut).flatten(1) for i in range(0, len(x), batch)]
-    finally:
-        model.train(training)
-    return torch.cat(parts).numpy().astype(np.float64)
 
 
 def pack(
@@ -63,6 +55,7 @@ def pack(
     judged: bool = False,
     refresh: Refresh | None = None,
     compilers: Mapping[int, TailCompiler] | None = None,
+    progress: Progress | Span | None = None,
 ) -> tuple[EdgeBundle, CloudBundle]:
     """Export the head, compile every tail, and describe both halves.
 
@@ -79,26 +72,37 @@ def pack(
                         in between (docs/threat-model.md). A tail that needs no refresh gets none
     compilers           by cut, what compiles a tail in place of `compile_tail`: a pruned one has its
                         own (`blindtail.train.pruning`), and lanes and objective are its own then
+    progress            called with (done, total, what) as the work goes on (`compile_tail`)
 
     Raises `ModelError` when a weight is not finite, when a tail cannot be folded
     or compiled, when one is unstable, when no plan keeps the objective's bounds, or
     when a layer has no ONNX form.
     """
+    whole = Span.of(progress)
+    judging, compiling, rest = whole.parts(0 if judged else 3, 16, 1)
     if not judged:
         judge_tails(
-            model, calibration_images, held_out_images, allow_unstable=allow_unstable, refresh=refresh
+            model,
+            calibration_images,
+            held_out_images,
+            allow_unstable=allow_unstable,
+            refresh=refresh,
+            progress=judging,
         )
     if refresh is None:
-        alone = _compile_tails(model, calibration_images, lanes, objective=objective, compilers=compilers)
+        alone = compile_tails(
+            model, calibration_images, lanes, objective=objective, compilers=compilers, span=compiling
+        )
         tails = {cut: RefreshedProgram((program,), ()) for cut, program in alone.items()}
     else:
         if lanes != 1 or objective is not None or compilers is not None:
             raise ConfigError(
                 "a refreshed tail takes one image at a time, has no objective and is not pruned"
             )
-        tails = _refresh_tails(model, calibration_images, refresh)
+        tails = refresh_tails(model, calibration_images, refresh, compiling)
     programs = {cut: tail.programs[0] for cut, tail in tails.items()}
     chains = {cut: tail for cut, tail in tails.items() if len(tail.programs) > 1}
+    rest.at(0.0, "exporting the head")
     onnx = export_head(model)
     for cut, tail in chains.items():
         onnx |= {graph_name(cut, i): made.onnx for i, made in enumerate(tail.interludes)}
@@ -126,7 +130,8 @@ def pack(
         # Program ids cover the tails' weights, so this covers both files.
         version = content_version(canonical_json(draft.describe()), *(onnx[name] for name in sorted(onnx)))
     following = {cut: tail.programs[1:] for cut, tail in chains.items()}
-    return EdgeBundle(version=version, **fields), CloudBundle(model.name, version, programs, following)
+    edge, cloud = EdgeBundle(version=version, **fields), CloudBundle(model.name, version, programs, following)
+    return whole.ended((edge, cloud))
 
 
 def pack_tail(
@@ -139,6 +144,7 @@ def pack_tail(
     held_out_images: NDArray[Any] | None = None,
     allow_unstable: bool = False,
     judged: bool = False,
+    progress: Progress | Span | None = None,
 ) -> CloudBundle:
     """New tails for devices that hold `like`: a cloud.bt that takes the place of its own.
 
@@ -149,7 +155,7 @@ def pack_tail(
     version  default: a short hash of the new programs
     shrink   scale logits down where they are larger than devices read: no label
              changes, but the tail's probabilities are less pronounced
-    held_out_images, allow_unstable, judged  as for `pack`
+    held_out_images, allow_unstable, judged, progress  as for `pack`
 
     Raises `ModelError` when the model is another, its head differs, or a tail
     cannot take the old one's place.
@@ -168,9 +174,14 @@ def pack_tail(
         raise ModelError(
             f"devices cut after stages {sorted(like.cuts)}, this model after {sorted(model.cuts)}"
         )
+    whole = Span.of(progress)
+    judging, compiling, rest = whole.parts(0 if judged else 3, 16, 1)
     if not judged:
-        judge_tails(model, calibration_images, held_out_images, allow_unstable=allow_unstable)
-    programs = _compile_tails(model, calibration_images, like=like, shrink=shrink)
+        judge_tails(
+            model, calibration_images, held_out_images, allow_unstable=allow_unstable, progress=judging
+        )
+    programs = compile_tails(model, calibration_images, like=like, shrink=shrink, span=compiling)
+    rest.at(0.0, "comparing heads")
     images = calibration_images[:_COMPARED]
     for cut in model.cuts:
         ours, theirs = activations(model, images, cut), held_activations(like, images, cut)
@@ -181,20 +192,16 @@ def pack_tail(
             )
     if version is None:
         version = content_version(*(p.spec.program_id.encode() for _, p in sorted(programs.items())))
-    return CloudBundle(like.model, version, programs)
+    return whole.ended(CloudBundle(like.model, version, programs))
 
 
-def plan_tails(model: SplitModel, objective: Objective, *, lanes: int = 1) -> dict[int, Plan]:
+def plan_tails(model: SplitModel, objective: Objective, *, lanes: int = 1) -> dict[int, Plan | Tiling]:
     """The plan that `objective` chooses for each tail, before training, calibration data or keys.
 
     It depends on the sizes of layers and on which weights are zero. Raises `ModelError`,
     `NoPlan` among them.
     """
-    found = {}
-    for cut in model.cuts:
-        layers = _folded(model, cut)
-        found[cut] = best(layers, objective, lanes=lanes)
-    return found
+    return {cut: choice.best(folded(model, cut), objective, lanes=lanes) for cut in model.cuts}
 
 
 def held_activations(bundle: EdgeBundle, images: NDArray[Any], cut: int) -> NDArray[np.float64]:
@@ -221,21 +228,24 @@ def judge_tails(
     *,
     allow_unstable: bool = False,
     refresh: Refresh | None = None,
+    progress: Progress | Span | None = None,
 ) -> dict[int, Stability]:
     """The stability gate (`blindtail.he.stability`) on every tail: its findings, by cut.
 
     held_out_images  raw images (m, C, H, W) that are not among the calibration images. Without
                      any, every fifth calibration image is kept aside for this; a tail is
                      still compiled from all of them
+    progress         as for `pack`
     refresh          as for `pack`: each segment is judged, and the worst one's findings are returned
 
     Warns of each layer whose range does not hold. Raises `ModelError` with the layer's name and
     the way out when a tail escapes, unless `allow_unstable`; also for what `pack` refuses.
     """
-    _check(model, calibration_images)
-    found = {}
-    for cut in model.cuts:
-        where, tail, shape = f"tail at cut {cut}", model.tails[str(cut)], model.stage_infos[cut].output_shape
+    check_model(model, calibration_images)
+    found, whole = {}, Span.of(progress)
+    for cut, span in by_cut(model, whole):
+        span.at(0.0, "ranges")
+        where, tail, shape = f"tail at cut {cut}", model.tail(cut), model.stage_infos[cut].output_shape
         values = _named(model, calibration_images, cut, "calibration images")
         held = None
         if held_out_images is not None and len(held_out_images):
@@ -243,11 +253,11 @@ def judge_tails(
         if not all(np.isfinite(x).all() for x in (values, held) if x is not None):
             raise ModelError(f"{where}: the head gives NaN or infinity for it; check images and weights")
         if refresh is not None:
-            found[cut] = _judged_runs(model, cut, values, held, refresh, allow_unstable)
+            found[cut] = _judged_runs(model, cut, values, held, refresh, allow_unstable, span)
             continue
         try:
             with np.errstate(all="ignore"):
-                layers = _folded(model, cut)
+                layers = folded(model, cut, span)
         except ModelError as error:
             # Folding compares with the tail itself, and cannot where that overflows.
             name = _overflowing(tail, values, shape)
@@ -256,7 +266,7 @@ def judge_tails(
             raise ModelError(f"{where}, layer {name}: values overflow; {WAYS_OUT}") from error
         found[cut] = check(layers, values, held)
         enforce(found[cut], where, allow_unstable=allow_unstable)
-    return found
+    return whole.ended(found)
 
 
 def _judged_runs(
@@ -266,11 +276,13 @@ def _judged_runs(
     held: NDArray[np.float64] | None,
     refresh: Refresh,
     allow_unstable: bool,
+    span: Span,
 ) -> Stability:
-    tail, shape = model.tails[str(cut)], model.stage_infos[cut].output_shape
+    tail, shape = model.tail(cut), model.stage_infos[cut].output_shape
+    own, other = span.parts(1, 1)
     try:
-        runs = runs_of(tail, shape, values, refresh)
-        others = None if held is None else runs_of(tail, shape, held, refresh)
+        runs = runs_of(tail, shape, values, refresh, progress=own)
+        others = None if held is None else runs_of(tail, shape, held, refresh, progress=other)
     except ModelError as error:
         raise ModelError(f"tail at cut {cut}: {error}") from error
     judged = []
@@ -278,20 +290,6 @@ def _judged_runs(
         judged.append(check(run.layers, run.values, None if others is None else others[k].values))
         enforce(judged[-1], f"tail at cut {cut}, segment {run.name}", allow_unstable=allow_unstable)
     return max(judged, key=lambda one: list(Verdict).index(one.verdict))
-
-
-def _refresh_tails(
-    model: SplitModel, calibration_images: NDArray[Any], refresh: Refresh
-) -> dict[int, RefreshedProgram]:
-    _check(model, calibration_images)
-    made = {}
-    for cut in model.cuts:
-        values, shape = activations(model, calibration_images, cut), model.stage_infos[cut].output_shape
-        try:
-            made[cut] = refresh_tail(model.tails[str(cut)], shape, values, refresh)
-        except ModelError as error:
-            raise type(error)(f"tail at cut {cut}: {error}") from error
-    return made
 
 
 @torch.no_grad()
@@ -314,23 +312,6 @@ def _overflowing(tail: nn.Module, values: NDArray[np.float64], shape: Sequence[i
     return found[0] if found else None
 
 
-def _check(model: SplitModel, calibration_images: NDArray[Any]) -> None:
-    for path, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{path} holds NaN or infinite weights: train again with a lower learning rate")
-    if not model.cuts:
-        raise ModelError(f"model {model.name!r} has no tail: give SplitModel one in `tails`")
-    try:
-        count = len(np.asarray(calibration_images))
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            "calibration images are one array (n, C, H, W), for instance np.stack(images): images of "
-            "different sizes, or none at all, are not"
-        ) from error
-    if count == 0:
-        raise ModelError("compiling a tail needs calibration images; some hundred are enough")
-
-
 def _named(model: SplitModel, images: NDArray[Any], cut: int, what: str) -> NDArray[np.float64]:
     """Activations at a cut. Raises `InputError` saying which images do not fit."""
     try:
@@ -346,7 +327,7 @@ def check_tails(model: SplitModel) -> None:
     """
     for cut in model.cuts:
         try:
-            check_depth(_folded(model, cut))
+            check_depth(folded(model, cut))
         except ModelError as error:
             raise ModelError(_at(cut, error)) from error
 
@@ -356,47 +337,13 @@ def _at(cut: int, error: ModelError) -> str:
     return said if said.startswith("tail at cut") else f"tail at cut {cut}: {said}"
 
 
-def _compile_tails(
-    model: SplitModel,
-    calibration_images: NDArray[Any],
-    lanes: int = 1,
-    like: EdgeBundle | None = None,
-    shrink: bool = False,
-    objective: Objective | None = None,
-    compilers: Mapping[int, TailCompiler] | None = None,
-) -> dict[int, Program]:
-    _check(model, calibration_images)
-    programs = {}
-    for cut in model.cuts:
-        layers = _folded(model, cut)
-        held = None if like is None else like.cuts[cut]
-        values = activations(model, calibration_images, cut)
-        try:
-            if compilers is not None and cut in compilers:
-                programs[cut] = compilers[cut](layers, values)
-            else:
-                programs[cut] = compile_tail(layers, values, lanes=lanes, like=held, objective=objective)
-        except LogitsTooLarge as error:
-            if not shrink:
-                raise
-            programs[cut] = compile_tail(_shrunk(layers, 0.999 * error.factor), values, like=held)
-        except ModelError as error:
-            raise type(error)(f"tail at cut {cut}: {error}") from error
-        if programs[cut].spec.features != math.prod(model.stage_infos[cut].output_shape):
-            raise ModelError(f"tail at cut {cut}: the compiled program takes another number of values")
-    return programs
-
-
-def _folded(model: SplitModel, cut: int) -> list[Layer]:
-    """Raises `ModelError` naming cut and layer."""
-    try:
-        return fold_tail(model.tails[str(cut)], model.stage_infos[cut].output_shape)
-    except ModelError as error:
-        raise ModelError(f"tail at cut {cut}: {error} (`blindtail lint` shows all of it)") from error
-
-
-def _shrunk(layers: list[Layer], factor: float) -> list[Layer]:
-    """The logits times `factor`."""
-    *rest, last = layers
-    assert isinstance(last, Affine)  # what `fold_tail` ends with
-    return [*rest, last.times(factor)]
+__all__ = [
+    "TailCompiler",
+    "activations",
+    "check_tails",
+    "held_activations",
+    "judge_tails",
+    "pack",
+    "pack_tail",
+    "plan_tails",
+]

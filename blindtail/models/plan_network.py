@@ -15,6 +15,7 @@ from blindtail.models import named
 from blindtail.models.cuts import Cut
 from blindtail.models.lint import LintReport, lint, rewritten_tail
 from blindtail.models.split import SplitModel
+from blindtail.progress import Progress, Span
 
 
 @dataclass(frozen=True)
@@ -28,37 +29,38 @@ class Tails:
     rewrites: tuple[str, ...] = ()
 
 
-def tails(where: str, inputs: Sequence[str], cut: str | None) -> Tails:
+def tails(where: str, inputs: Sequence[str], cut: str | None, progress: Progress | None = None) -> Tails:
     """Folded tails of the network that `where` names (`blindtail.models.named`).
 
     inputs  shapes, "3,32,32"; a `SplitModel` brings its own
     cut     a name of `LintReport.cuts`, of a `SplitModel` the number of a stage; without it the first
             cut that lint advises, of a `SplitModel` all
+    progress  told of the layers that are folded
 
     Raises `ConfigError` with the layer's name and the way out.
     """
-    shapes = [named.shape(text) for text in inputs]
+    shapes, whole = [named.shape(text) for text in inputs], Span.of(progress)
     found = named.module(where)
     try:
         with np.errstate(all="ignore"):  # costs do not depend on weights, which may be untrained
             if isinstance(found, SplitModel):
-                return _of_parts(found, cut)
+                return whole.ended(_of_parts(found, cut, whole))
             report = lint(found, named.given(shapes), cut=cut, plans=False)
             chosen = report.cuts[0] if cut is not None and report.cuts else _advised(report)
-            layers = fold_tail(rewritten_tail(found, shapes, cut or chosen.name), chosen.shape)
+            layers = fold_tail(rewritten_tail(found, shapes, cut or chosen.name), chosen.shape, whole)
     except ModelError as error:
         raise ConfigError(f"{error} (`blindtail lint` shows all of it)") from error
     return Tails(report.network, {chosen.name: layers}, chosen.rewrites)
 
 
-def _of_parts(model: SplitModel, cut: str | None) -> Tails:
+def _of_parts(model: SplitModel, cut: str | None, span: Span) -> Tails:
     numbers = {str(number): number for number in model.cuts}
     if cut is not None and cut not in numbers:
         raise ConfigError(f"--cut {cut}: {model.name} is cut after stages {', '.join(numbers)}")
+    asked = [number for name, number in numbers.items() if cut in (None, name)]
     made = {
-        f"stage {number}": fold_tail(model.tails[name], model.stage_infos[number].output_shape)
-        for name, number in numbers.items()
-        if cut in (None, name)
+        f"stage {number}": fold_tail(model.tail(number), model.stage_infos[number].output_shape, part)
+        for number, part in span.over(asked)
     }
     if not made:
         raise ModelError(f"model {model.name!r} has no tail: give SplitModel one in `tails`")

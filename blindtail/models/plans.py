@@ -23,6 +23,7 @@ from blindtail.he.program import Program
 from blindtail.he.sparse import entries
 from blindtail.models.network import Network, Outcome
 from blindtail.models.operations import Effect
+from blindtail.progress import Progress, Span
 
 #: The backend whose cost model predicts seconds.
 PREDICT_FOR = "native"
@@ -227,7 +228,12 @@ def _macs(network: Network, node: fx.Node) -> float:
 
 
 def plan(
-    tail: nn.Module, shape: tuple[int, ...], values: NDArray[np.float64], *, own_weights: bool
+    tail: nn.Module,
+    shape: tuple[int, ...],
+    values: NDArray[np.float64],
+    *,
+    own_weights: bool,
+    progress: Progress | Span | None = None,
 ) -> tuple[Plan, str]:
     """Compile a tail and read off its costs; and what is wrong with its weights' range, or "".
 
@@ -236,19 +242,23 @@ def plan(
 
     Raises `ModelError` when the tail cannot be folded or fits no ring.
     """
+    whole = Span.of(progress)
+    folding, compiling = whole.parts(1, 3)
     with np.errstate(all="ignore"):  # weights out of range are told of, not warned about
-        return _plan(fold_tail(tail, shape), values, own_weights)
+        return whole.ended(_plan(fold_tail(tail, shape, folding), values, own_weights, compiling))
 
 
-def _plan(layers: Sequence[Layer], values: NDArray[np.float64], own_weights: bool) -> tuple[Plan, str]:
+def _plan(
+    layers: Sequence[Layer], values: NDArray[np.float64], own_weights: bool, span: Span
+) -> tuple[Plan, str]:
     trouble = ""
     if own_weights:
         try:
-            return _read(compile_tail(layers, values), own_weights=True), ""
+            return _read(compile_tail(layers, values, progress=span), own_weights=True), ""
         except ModelError as error:
             trouble = str(error)
     x = values / max(float(np.abs(values).max()), 1e-30)
-    program = compile_tail(_unit(layers, x), x)
+    program = compile_tail(_unit(layers, x), x, progress=span)
     return _read(program, own_weights=False), trouble
 
 

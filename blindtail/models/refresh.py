@@ -24,7 +24,7 @@ from blindtail.he.frontend import fold_tail
 from blindtail.he.layers import Affine, Layer
 from blindtail.he.probes import Image, fold_local
 from blindtail.he.program import Program
-from blindtail.he.segments import Run, compile_runs
+from blindtail.he.segments import Division, Run, compile_runs
 from blindtail.interludes import check_weight_free
 from blindtail.models.export import export_values
 from blindtail.models.network import Network
@@ -32,7 +32,9 @@ from blindtail.models.plans import MOST_NAMED_VALUES, PREDICT_FOR
 from blindtail.models.reading import read
 from blindtail.models.refresh_modules import Squared, interlude_module, segment_module
 from blindtail.models.rounds import Rounds, place, shape, width
+from blindtail.models.several import image_of
 from blindtail.models.tracing import Untraceable, unwrapped
+from blindtail.progress import Progress, Span
 
 Floats = NDArray[np.float64]
 #: Rows on which the chain is compared with the tail itself; relative to the largest logit.
@@ -155,23 +157,36 @@ class _Step:
 
 
 def refresh_tail(
-    tail: nn.Module, input_shape: tuple[int, ...], calibration: Floats, refresh: Refresh
+    tail: nn.Module,
+    input_shape: tuple[int, ...],
+    calibration: Floats,
+    refresh: Refresh,
+    progress: Progress | Span | None = None,
 ) -> RefreshedProgram:
     """Cut a tail into segments and interludes and compile it.
 
     tail         gives logits (B, classes) for activations (B, *input_shape); left unchanged
     calibration  activations at the cut, (n, features): they bound every value that is encrypted
+    progress     told how far it is (`blindtail.progress`)
 
     Activations that are no polynomial are done exactly, by the edge; sums with earlier values as
     well (`models.rounds`). A run of squares too deep for a ring is cut too (`he.segments`).
     The result is checked against the tail itself. Raises `ModelError` naming the layer.
     """
-    steps = split_tail(tail, input_shape, refresh.at)
+    whole = Span.of(progress)
+    folding, compiling, rest = whole.parts(4, 15, 1)
+    steps = split_tail(tail, input_shape, refresh.at, progress=folding)
     values = _values(steps, calibration)
     _compare(tail, input_shape, values)
-    options = {"ring_degree": refresh.ring_degree, "key_budget_bytes": refresh.key_budget_bytes}
-    programs, division = compile_runs(_runs(steps, values), **options)
-    return RefreshedProgram(programs, _interludes(steps, division.pieces, programs))
+    programs, division = _compiled(_runs(steps, values), refresh, compiling)
+    rest.at(0.0, "what the edge does in between")
+    return whole.ended(RefreshedProgram(programs, _interludes(steps, division.pieces, programs)))
+
+
+def _compiled(runs: Sequence[Run], refresh: Refresh, span: Span) -> tuple[tuple[Program, ...], Division]:
+    return compile_runs(
+        runs, ring_degree=refresh.ring_degree, key_budget_bytes=refresh.key_budget_bytes, progress=span
+    )
 
 
 def refresh_costs(
@@ -180,11 +195,13 @@ def refresh_costs(
     calibration: Floats,
     refresh: Refresh,
     most_values: float = MOST_NAMED_VALUES,
+    progress: Progress | Span | None = None,
 ) -> RefreshCosts:
     """What `refresh_tail` would come to, without graphs and checks. Raises `ModelError`."""
-    runs = runs_of(tail, input_shape, calibration, refresh, most_values)
-    options = {"ring_degree": refresh.ring_degree, "key_budget_bytes": refresh.key_budget_bytes}
-    return RefreshCosts.of(compile_runs(runs, **options)[0])
+    whole = Span.of(progress)
+    folding, compiling = whole.parts(1, 3)
+    runs = runs_of(tail, input_shape, calibration, refresh, most_values, folding)
+    return whole.ended(RefreshCosts.of(_compiled(runs, refresh, compiling)[0]))
 
 
 def runs_of(
@@ -193,9 +210,10 @@ def runs_of(
     calibration: Floats,
     refresh: Refresh,
     most_values: float = MOST_NAMED_VALUES,
+    progress: Progress | Span | None = None,
 ) -> list[Run]:
     """What lies between interludes, with what goes into it for these activations (n, features)."""
-    steps = split_tail(tail, input_shape, refresh.at, most_values)
+    steps = split_tail(tail, input_shape, refresh.at, most_values, progress)
     return _runs(steps, _values(steps, calibration))
 
 
@@ -209,6 +227,7 @@ def split_tail(
     input_shape: tuple[int, ...],
     at: Sequence[str] = (),
     most_values: float = MOST_NAMED_VALUES,
+    progress: Progress | Span | None = None,
 ) -> list[_Step]:
     """The segments of a tail, folded, each with the interlude behind it.
 
@@ -216,12 +235,15 @@ def split_tail(
 
     Raises `ModelError`.
     """
+    whole = Span.of(progress)
+    whole.at(0.0, "reading the tail")
     rounds = place(_read(tail, input_shape), at)
     steps = []
-    for k in range(rounds.segments):
+    for k, part in whole.over(range(rounds.segments)):
         features = sum(map(width, rounds.inputs(k)))
         module = segment_module(rounds, k)
         after, taken = interlude_module(rounds, k)
+        part.at(0.0, f"folding {_named(module) or f'segment {k}'}")
         local = _local(rounds, k, module)
         if local is not None:
             steps.append(_Step([local], module.double(), after, taken))
@@ -232,8 +254,8 @@ def split_tail(
                 f"segment {k} ({features} values in): folding its layers would hold {8 * held / 1e9:.1f} GB: "
                 "cut later, or use fewer channels or smaller images"
             )
-        steps.append(_Step(fold_tail(module, (features,)), module.double(), after, taken))
-    return steps
+        steps.append(_Step(fold_tail(module, (features,), part), module.double(), after, taken))
+    return whole.ended(steps)
 
 
 def _local(rounds: Rounds, k: int, module: fx.GraphModule) -> Affine | None:
@@ -242,16 +264,20 @@ def _local(rounds: Rounds, k: int, module: fx.GraphModule) -> Affine | None:
     if given is None or made is None:
         return None
     exact = copy.deepcopy(module).double().eval()
-    name = "+".join(str(node.target) for node in module.graph.nodes if node.op == "call_module")
     try:
-        return fold_local(exact, given, made, name or f"segment {k}")
+        return fold_local(exact, given, made, _named(module) or f"segment {k}")
     except RuntimeError:  # its forward makes tensors in single precision: one by one, then
         return None
 
 
+def _named(module: fx.GraphModule) -> str:
+    """Its layers, or "" where it has none."""
+    return "+".join(str(node.target) for node in module.graph.nodes if node.op == "call_module")
+
+
 def _image(nodes: Sequence[fx.Node]) -> Image | None:
     """Of images of one height and width, channel after channel: all of them together."""
-    shapes = [shape(node) for node in nodes]
+    shapes = [image_of(node) or shape(node) for node in nodes]
     if any(len(one) != 3 or one[1:] != shapes[0][1:] for one in shapes):
         return None
     return sum(one[0] for one in shapes), shapes[0][1], shapes[0][2]

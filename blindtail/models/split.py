@@ -18,6 +18,14 @@ The pieces are plain `nn.Module`s, also those of a network that already exists:
     )
 
 A tail is made of linear layers with `Square` or `Quadratic` between them.
+
+Several tensors may meet in a tail: a stage that gives a tuple of 1 to 8 tensors calls what follows
+it, the next stage, exits and tails, with them as positional arguments.
+
+    stages=[Branches()]         # forward(x) -> (main, skip)
+    tails={0: Meeting()}        # forward(main, skip) -> fc(act(conv(main)) + down(skip))
+
+What is encrypted there is one flat activation (`blindtail.models.several`).
 """
 
 from __future__ import annotations
@@ -31,19 +39,23 @@ from torch import Tensor, nn
 from blindtail.bundle import ExitInfo, StageInfo
 from blindtail.errors import ModelError
 from blindtail.models.cost import count_bytes, trace_cost
+from blindtail.models.several import Activation, Form, check_takes, operands, piece
 from blindtail.preprocessing import Preprocessing
 
 
 class SplitModel(nn.Module):
     """Stages, exits and tails over one preprocessing. Checked when it is built.
 
-    stages   `nn.Module`s, each (B, ...) -> (B, ...), run in order
+    stages   `nn.Module`s, each (B, ...) -> (B, ...), run in order; one may give a tuple of tensors
     exits    index of the stage an exit follows -> module giving logits (B, classes)
     tails    index of the stage after which the network may be cut -> module giving logits
     names    of stages, by default "stage0", ...; exits are called "exit1", "exit2", ...
 
     Raises `ModelError` naming the layer when an exit or cut follows no stage, or
-    when shapes do not fit.
+    when shapes do not fit, also when something does not take as many tensors as a stage gives.
+
+    forms    of what each stage gives, in order. `stage_infos` have the shape of the one activation
+             there: of a tuple (features,)
     """
 
     def __init__(
@@ -107,42 +119,65 @@ class SplitModel(nn.Module):
 
     def _measure(self) -> None:
         """Fill the tables of shapes and costs, checking that every piece fits the next."""
-        shape: tuple[int, ...] = self.preprocessing.input_shape
+        form = Form((self.preprocessing.input_shape,))
         classes = len(self.class_names)
-        infos = []
+        infos, self.forms = list[StageInfo](), list[Form]()
         for i, stage in enumerate(self.stages):
-            macs, shape = trace_cost(stage, shape, f"stages.{i}")
-            infos.append(StageInfo(self.stage_names[i], macs, count_bytes(stage), shape))
+            check_takes(stage, f"stages.{i}", form, _giver(i - 1))
+            macs, form = trace_cost(stage, form, f"stages.{i}")
+            infos.append(StageInfo(self.stage_names[i], macs, count_bytes(stage), form.shape))
+            self.forms.append(form)
         self.stage_infos = tuple(infos)
         heads = [(f"exits.{a}", a, self.exits[str(a)]) for a in self.exits_after]
         heads += [(f"tails.{c}", c, self.tails[str(c)]) for c in self.cuts]
         self._macs: dict[str, int] = {}
         for path, after, module in heads:
-            self._macs[path], out = trace_cost(module, infos[after].output_shape, path)
-            if out != (classes,):
+            check_takes(module, path, self.forms[after], _giver(after))
+            self._macs[path], out = trace_cost(module, self.forms[after], path)
+            if out.several:
+                raise ModelError(f"{path} gives {out.told()}: give the logits (B, classes) alone")
+            if out.shape != (classes,):
                 raise ModelError(
-                    f"{path} gives {out} for one image, but the model has {classes} classes: "
+                    f"{path} gives {out.shape} for one image, but the model has {classes} classes: "
                     f"end it in a layer with {classes} outputs"
                 )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Preprocessed (B, C, H, W) -> logits (B, classes) of every exit, then of every tail."""
         exits, tails = [], []
+        given: Activation = x
         for i, stage in enumerate(self.stages):
-            x = stage(x)
+            given = stage(*operands(given))
             if i in self.exits_after:
-                exits.append(self.exits[str(i)](x))
+                exits.append(self.exits[str(i)](*operands(given)))
             if i in self.cuts:
-                tails.append(self.tails[str(i)](x))
+                tails.append(self.tails[str(i)](*operands(given)))
         return exits + tails
 
-    def head(self, x: Tensor, upto: int) -> Tensor:
-        """Preprocessed (B, C, H, W) -> activation after stage `upto`, (B, *output_shape)."""
+    def head(self, x: Tensor, upto: int) -> Activation:
+        """Preprocessed (B, C, H, W) -> what stage `upto` gives: (B, *output_shape), or a tuple of tensors.
+
+        `blindtail.models.several.flat` makes the one activation of a tuple.
+        """
         if not 0 <= upto < len(self.stages):
             raise ModelError(f"model {self.name!r} has no stage {upto}")
+        given: Activation = x
         for stage in list(self.stages)[: upto + 1]:
-            x = stage(x)
-        return x
+            given = stage(*operands(given))
+        return given
+
+    def stage(self, index: int) -> nn.Module:
+        """A stage that takes one activation and gives one: flat ones in the place of tuples."""
+        given = self.forms[index - 1] if index else Form((self.preprocessing.input_shape,))
+        return piece(self.stages[index], given, self.forms[index].several)
+
+    def exit(self, after: int) -> nn.Module:
+        """The exit after a stage, on the one activation there: (B, *output_shape) -> logits."""
+        return piece(self.exits[str(after)], self.forms[after])
+
+    def tail(self, cut: int) -> nn.Module:
+        """The tail of a cut, on the one activation there: (B, *output_shape) -> logits. It shares weights."""
+        return piece(self.tails[str(cut)], self.forms[cut])
 
     def features(self, cut: int) -> int:
         """Length of the flattened activation at a cut."""
@@ -189,3 +224,7 @@ class SplitModel(nn.Module):
         finally:
             self.train(training)
         return [torch.cat(column) for column in zip(*parts, strict=True)]
+
+
+def _giver(stage: int) -> str:
+    return f"stages.{stage}" if stage >= 0 else "preprocessing"

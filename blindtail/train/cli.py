@@ -16,6 +16,7 @@ from blindtail.errors import ConfigError
 
 if TYPE_CHECKING:
     from blindtail.he.objective import Objective
+    from blindtail.progress import Progress
     from blindtail.train.fit import Progress as TrainingProgress
     from blindtail.train.pruning.policy import Policy
     from blindtail.train.recipe import Recipe
@@ -184,7 +185,7 @@ def _train_tail(
 
     held = EdgeBundle.open(like)
     command += f" --like {like.name}"
-    with _bar(recipe, quiet=as_json) as advance:
+    with _bar(recipe, quiet=as_json) as (advance, compiling):
         trained = train_tail(
             recipe,
             splits,
@@ -192,6 +193,7 @@ def _train_tail(
             held,
             threads=threads,
             progress=advance,
+            compiling=compiling,
             command=command,
             allow_unstable=allow_unstable,
         )
@@ -224,12 +226,13 @@ def _train_with_bar(
 ) -> Trained:
     from blindtail.train.run import train
 
-    with _bar(recipe, quiet) as advance:
+    with _bar(recipe, quiet) as (advance, compiling):
         return train(
             recipe,
             splits,
             threads=threads,
             progress=advance,
+            compiling=compiling,
             command=command,
             checkpoint=checkpoint,
             allow_unstable=allow_unstable,
@@ -239,20 +242,29 @@ def _train_with_bar(
 
 
 @contextmanager
-def _bar(recipe: Recipe, quiet: bool) -> Iterator[TrainingProgress]:
+def _bar(recipe: Recipe, quiet: bool) -> Iterator[tuple[TrainingProgress, Progress]]:
+    """One bar on a terminal's stderr, of the training and then of the compile."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+    )
     console = Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet, transient=True) as bar:
+    with Bar(*columns, TimeRemainingColumn(), console=console, disable=quiet, transient=True) as bar:
         task = bar.add_task(f"training {recipe.name}", total=None)
 
         def advance(done: int, steps: int, loss: float) -> None:
             text = f"training {recipe.name}, loss {loss:.3f}" if done < steps else "calibrating, compiling"
             bar.update(task, completed=done, total=steps, description=text)
 
-        yield advance
+        def compiling(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=f"compiling: {what}")
+
+        yield advance, compiling
 
 
 def _print(trained: Trained, folder: Path) -> None:

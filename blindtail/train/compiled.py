@@ -18,6 +18,7 @@ from blindtail.models.data import Images
 from blindtail.models.pack import judge_tails, pack
 from blindtail.models.refresh import Refresh
 from blindtail.models.split import SplitModel
+from blindtail.progress import Progress, Span
 from blindtail.train.fit import bounded, fit
 from blindtail.train.measure import Calibration, Verdicts, accuracies, calibration_errors, curve, routed
 from blindtail.train.pruning.owner import PrunedTails, Pruning, prune_tails
@@ -64,6 +65,7 @@ def compile_model(
     allow_unstable: bool = False,
     refresh: Refresh | None = None,
     prune: Pruning | None = None,
+    progress: Progress | Span | None = None,
 ) -> Compiled:
     """Compile a trained model; nothing is trained, but for pruned tails.
 
@@ -76,6 +78,8 @@ def compile_model(
                         skips: devices then see the activations in between (docs/threat-model.md)
     offload_share       of images that reach the tail, at most, by the default thresholds
     prune               prune the tails and retrain them on images of its own; stages and exits stay
+    progress            called with (done, total, what) as the work goes on: `done` never falls and ends
+                        at `total`. What it raises ends the work, before anything is written
 
     The model is used in evaluation mode and left unchanged. Raises `DataError` for too few
     images or other classes, `InputError` for images that do not fit, and `ModelError` as
@@ -96,13 +100,21 @@ def compile_model(
             f"validation labels go up to {validation.labels.max()}, model {model.name!r} has classes 0 to "
             f"{len(model.class_names) - 1}: number them as in its class_names"
         )
-    own = calibration_images is None
+    own, whole = calibration_images is None, Span.of(progress)
+    pruning, judging, packing = whole.parts(0 if prune is None else 20, 4, 16)
+    pruning.at(0.0, "reading the model" if prune is None else "pruning and retraining")
     pruned = None if prune is None else _pruned(model, prune, lanes, objective)
     model = model if pruned is None else pruned.model
     images = validation.pixels if calibration_images is None else calibration_images
     stability = judge_tails(
-        model, images, None if own else validation.pixels, allow_unstable=allow_unstable, refresh=refresh
+        model,
+        images,
+        None if own else validation.pixels,
+        allow_unstable=allow_unstable,
+        refresh=refresh,
+        progress=judging,
     )
+    packing.at(0.0, "calibrating exits")
     verdicts = Verdicts.of(model, validation)
     calibration = Calibration.fit(verdicts, offload_share)
     temperatures = calibration.temperatures
@@ -122,8 +134,9 @@ def compile_model(
         judged=True,
         refresh=refresh,
         compilers=None if pruned is None else pruned.compilers,
+        progress=packing,
     )
-    return Compiled(edge, cloud, calibration, stability, pruned)
+    return whole.ended(Compiled(edge, cloud, calibration, stability, pruned))
 
 
 def _pruned(model: SplitModel, how: Pruning, lanes: int, objective: Objective | None) -> PrunedTails:

@@ -26,6 +26,8 @@ from blindtail.models.data import Images, load, load_folder
 from blindtail.models.fetch import FashionSource
 from blindtail.models.pack import check_tails, judge_tails, pack, plan_tails
 from blindtail.models.split import SplitModel
+from blindtail.progress import Progress as CompileProgress
+from blindtail.progress import Span
 from blindtail.train.fit import Progress, bounded, fit
 from blindtail.train.measure import (
     Calibration,
@@ -131,6 +133,7 @@ def train(
     allow_unstable: bool = False,
     objective: Objective | None = None,
     prune: Policy | None = None,
+    compiling: CompileProgress | None = None,
 ) -> Trained:
     """Run a recipe from data to a pair of bundles.
 
@@ -145,6 +148,8 @@ def train(
     the same bytes. Raises `ModelError` or `DataError`; also when the ranges of a tail
     escape on the validation split (`judge_tails`), unless `allow_unstable`. What tails are
     compiled for is `objective`'s; one that cannot be met is an error before training.
+
+    `progress` is told of training, `compiling` then of the compile (`blindtail.progress`).
     """
     if objective is not None:
         plan_tails(recipe.build(), objective)
@@ -180,6 +185,7 @@ def train(
             pruned=pruned,
             accuracy_before=accuracy,
             orders=orders,
+            compiling=compiling,
         )
 
 
@@ -273,6 +279,7 @@ def finish(
     pruned: PrunedTails | None = None,
     accuracy_before: Mapping[str, Any] | None = None,
     orders: str = "",
+    compiling: CompileProgress | None = None,
 ) -> Trained:
     """Judge, calibrate, measure and pack a trained model; `history` says how it was trained.
 
@@ -280,7 +287,12 @@ def finish(
     orders                   of the units of tails that are or were pruned (`PrunedTails.note`)
     """
     images = splits.train.pixels[:CALIBRATION_IMAGES]
-    stability = judge_tails(model, images, splits.validation.pixels, allow_unstable=allow_unstable)
+    whole = Span.of(compiling)
+    judging, measuring, packing = whole.parts(4, 1, 15)
+    stability = judge_tails(
+        model, images, splits.validation.pixels, allow_unstable=allow_unstable, progress=judging
+    )
+    measuring.at(0.0, "calibrating exits")
     validation, test = Verdicts.of(model, splits.validation), Verdicts.of(model, splits.test)
     calibration = Calibration.fit(validation, recipe.offload_share)
     temperatures = calibration.temperatures
@@ -303,6 +315,7 @@ def finish(
         objective=objective,
         judged=True,
         compilers=restored(model, orders, objective=objective) if orders else None,
+        progress=packing,
     )
     described = edge.describe()
     report = {
@@ -348,7 +361,7 @@ def finish(
             **{name: packages.version(name) for name in ("torch", "numpy", "onnx", "safetensors")},
         },
     }
-    return Trained(model, calibration, edge, cloud, report, stability, orders)
+    return whole.ended(Trained(model, calibration, edge, cloud, report, stability, orders))
 
 
 def _pruning(

@@ -12,6 +12,8 @@ from blindtail.bundle import CloudBundle, EdgeBundle
 from blindtail.he.stability import Stability
 from blindtail.models.pack import judge_tails, pack_tail
 from blindtail.models.split import SplitModel
+from blindtail.progress import Progress as CompileProgress
+from blindtail.progress import Span
 from blindtail.train.fit import Progress, bounded, fit
 from blindtail.train.measure import Verdicts, accuracies
 from blindtail.train.recipe import Recipe
@@ -50,16 +52,19 @@ def train_tail(
     progress: Progress | None = None,
     command: str = "",
     allow_unstable: bool = False,
+    compiling: CompileProgress | None = None,
 ) -> TrainedTail:
     """Train the tails of `checkpoint` for `recipe.epochs` more and compile them for devices that hold `like`.
 
     checkpoint  model.safetensors with the head that is in `like`
+    compiling   told of the compile, as `progress` is of the training
 
     The same recipe, data, thread count and library versions give the same bytes.
     Raises `DataError` and `ModelError` (see `blindtail.models.pack.pack_tail`); the stability
     gate judges what was trained, not what the checkpoint holds.
     """
-    start = time.perf_counter()
+    start, whole = time.perf_counter(), Span.of(compiling)
+    judging, packing = whole.parts(1, 4)
     model = from_checkpoint(recipe, checkpoint)
     images = splits.train.pixels[:CALIBRATION_IMAGES]
     with bounded(threads, recipe.seed):
@@ -73,8 +78,10 @@ def train_tail(
     gentle = replace(recipe, peak_rate=recipe.peak_rate / 3)
     fit(gentle, splits.train, model=model, threads=threads, progress=progress, only_tails=True)
     with bounded(threads, recipe.seed):
-        stability = judge_tails(model, images, splits.validation.pixels, allow_unstable=allow_unstable)
-        cloud = pack_tail(model, images, like, shrink=True, judged=True)
+        stability = judge_tails(
+            model, images, splits.validation.pixels, allow_unstable=allow_unstable, progress=judging
+        )
+        cloud = pack_tail(model, images, like, shrink=True, judged=True, progress=packing)
         after = {
             "validation": accuracies(Verdicts.of(model, splits.validation)),
             "test": accuracies(Verdicts.of(model, splits.test)),
@@ -92,4 +99,4 @@ def train_tail(
         "before": before,
         "after": after,
     }
-    return TrainedTail(model, cloud, report, stability)
+    return whole.ended(TrainedTail(model, cloud, report, stability))

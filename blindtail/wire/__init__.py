@@ -6,9 +6,10 @@ such bytes with everything checked: the message's size against its method's cap
 raises `ContainerError`, whoever the peer is; building a wrong record by hand
 raises the same. Sizes are bytes, times are seconds.
 
-    blindtail.wire          the data plane: an edge and a cell (this module's names)
-    blindtail.wire.control  the control plane: edges, cells, the orchestrator and operators
-    blindtail.wire.cell     a cell's models, its drain, and keys between cells
+    blindtail.wire           the data plane: an edge and a cell (this module's names)
+    blindtail.wire.control   the control plane: edges, cells and the orchestrator
+    blindtail.wire.policies  its operators: policies, the fleet, what was used
+    blindtail.wire.cell      a cell's models, its drain, and keys between cells
 """
 
 from __future__ import annotations

@@ -1,13 +1,7 @@
-"""The control plane as plain records.
+"""The control stream of edges and cells as plain records.
 
-service blindtail.v1.Control    edges and cells
+service blindtail.v1.Control
   Attach   Up ...       -> Down ...
-service blindtail.v1.Policies   operators
-  Get      PolicyQuery  -> list of PolicyEntry
-  Set      PolicyChange -> PolicyEntry
-  History  PolicyQuery  -> list of PolicyEntry
-  Usage    UsageQuery   -> list of UsageCount
-  Fleet    (nothing)    -> list of FleetPeer
 """
 
 from __future__ import annotations
@@ -23,13 +17,10 @@ from blindtail.policy_document import DOCUMENT_BYTES
 from blindtail.wire.checks import NAME_CHARS, TEXT_CHARS, build, encoded, length, parse, seconds, text
 
 CONTROL = str(pb.DESCRIPTOR.services_by_name["Control"].full_name)
-POLICIES = str(pb.DESCRIPTOR.services_by_name["Policies"].full_name)
 
 INSTANCE_BYTES = 16
 #: Cap on one message of an edge or a cell, and on what comes down to them.
 UP_BYTES, DOWN_BYTES = 64 * 1024, DOCUMENT_BYTES + 4096
-#: Caps on an operator's request, and on lists for operators.
-CHANGE_BYTES, LIST_BYTES = DOCUMENT_BYTES + 4096, 16 * 1024 * 1024
 #: Most entries of a mapping or list in one message of a peer.
 MOST_ITEMS = 256
 
@@ -41,20 +32,6 @@ class PeerKind(Enum):
 
 _KIND_TO_PB = {PeerKind.EDGE: pb.PEER_KIND_EDGE, PeerKind.CELL: pb.PEER_KIND_CELL}
 _KIND_FROM_PB = {int(number): kind for kind, number in _KIND_TO_PB.items()}
-
-
-class PolicyState(Enum):
-    ACTIVE = "active"
-    REPLACED = "replaced"  # by a later version
-    ROLLED_BACK = "rolled back"  # edges refused it
-
-
-_STATE_TO_PB = {
-    PolicyState.ACTIVE: pb.POLICY_STATE_ACTIVE,
-    PolicyState.REPLACED: pb.POLICY_STATE_REPLACED,
-    PolicyState.ROLLED_BACK: pb.POLICY_STATE_ROLLED_BACK,
-}
-_STATE_FROM_PB = {int(number): state for state, number in _STATE_TO_PB.items()}
 
 Model = tuple[str, str]  # (name, version)
 
@@ -96,18 +73,23 @@ class Hello:
         text(self.address, NAME_CHARS, "address")
         _check_models(self.models)
 
+    def fields(self) -> dict[str, Any]:
+        """By name, as every message has them that says who a peer is."""
+        return {
+            "kind": _KIND_TO_PB[self.kind],
+            "instance": self.instance,
+            "release": self.release,
+            "models": _models_to_pb(self.models),
+            "policy_version": self.policy_version,
+            "address": self.address,
+        }
+
     def message(self) -> Any:
-        return pb.Hello(
-            kind=_KIND_TO_PB[self.kind],
-            instance=self.instance,
-            release=self.release,
-            models=_models_to_pb(self.models),
-            policy_version=self.policy_version,
-            address=self.address,
-        )
+        return pb.Hello(**self.fields())
 
     @classmethod
     def from_message(cls, m: Any) -> Hello:
+        """Of any message with these fields."""
         models = _models_from_pb(m.models)
         return cls(_kind(m.kind), m.instance, m.release, models, m.policy_version, m.address)
 
@@ -299,173 +281,6 @@ def decode_down(data: bytes) -> Down | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyQuery:
-    """`model` "" = all; `limit` 0 = the server's own."""
-
-    model: str = ""
-    limit: int = 0
-
-    def encode(self) -> bytes:
-        return build(pb.PolicyQuery, model=self.model, limit=self.limit)
-
-    @classmethod
-    def decode(cls, data: bytes) -> PolicyQuery:
-        m = parse(pb.PolicyQuery(), data, CHANGE_BYTES)
-        return cls(m.model, m.limit)
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyChange:
-    """A new version for `model` ("" = the default)."""
-
-    model: str
-    document: bytes
-    note: str = ""
-
-    def __post_init__(self) -> None:
-        text(self.model, NAME_CHARS, "model")
-        text(self.note, TEXT_CHARS, "note")
-
-    def encode(self) -> bytes:
-        return build(pb.PolicyChange, model=self.model, document=self.document, note=self.note)
-
-    @classmethod
-    def decode(cls, data: bytes) -> PolicyChange:
-        m = parse(pb.PolicyChange(), data, CHANGE_BYTES)
-        return cls(m.model, m.document, m.note)
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyEntry:
-    """One version in the history. `applied` and `refused` count edges that are attached."""
-
-    update: PolicyUpdate
-    state: PolicyState
-    created_unix_s: float
-    author: str
-    note: str = ""
-    applied: int = 0
-    refused: int = 0
-
-    def message(self) -> Any:
-        return pb.PolicyEntry(
-            policy=self.update.message(),
-            state=_STATE_TO_PB[self.state],
-            created_unix_s=self.created_unix_s,
-            author=self.author,
-            note=self.note,
-            applied=self.applied,
-            refused=self.refused,
-        )
-
-    @classmethod
-    def from_message(cls, m: Any) -> PolicyEntry:
-        state = _STATE_FROM_PB.get(m.state)
-        if state is None:
-            raise ContainerError(f"unknown policy state {m.state}: the peer speaks a newer protocol")
-        update = PolicyUpdate.from_message(m.policy)
-        return cls(update, state, m.created_unix_s, m.author, m.note, m.applied, m.refused)
-
-    def encode(self) -> bytes:
-        return encoded(self.message, "PolicyEntry")
-
-    @classmethod
-    def decode(cls, data: bytes) -> PolicyEntry:
-        return cls.from_message(parse(pb.PolicyEntry(), data, LIST_BYTES))
-
-
-def encode_entries(entries: Sequence[PolicyEntry]) -> bytes:
-    return encoded(lambda: pb.PolicyList(entries=[e.message() for e in entries]), "PolicyList")
-
-
-def decode_entries(data: bytes) -> list[PolicyEntry]:
-    return [PolicyEntry.from_message(m) for m in parse(pb.PolicyList(), data, LIST_BYTES).entries]
-
-
-@dataclass(frozen=True, slots=True)
-class FleetPeer:
-    """One attached edge or cell. `reported_s`: age of `report`, negative when there is none."""
-
-    hello: Hello
-    identity: str
-    attached_s: float
-    reported_s: float
-    report: Report
-
-    def message(self) -> Any:
-        h = self.hello
-        return pb.FleetPeer(
-            kind=_KIND_TO_PB[h.kind],
-            identity=self.identity,
-            instance=h.instance,
-            release=h.release,
-            models=_models_to_pb(h.models),
-            policy_version=h.policy_version,
-            address=h.address,
-            attached_s=self.attached_s,
-            reported_s=self.reported_s,
-            report=self.report.message(),
-        )
-
-    @classmethod
-    def from_message(cls, m: Any) -> FleetPeer:
-        models = _models_from_pb(m.models)
-        hello = Hello(_kind(m.kind), m.instance, m.release, models, m.policy_version, m.address)
-        return cls(hello, m.identity, m.attached_s, m.reported_s, Report.from_message(m.report))
-
-
-def encode_fleet(peers: Sequence[FleetPeer]) -> bytes:
-    return encoded(lambda: pb.FleetReply(peers=[p.message() for p in peers]), "FleetReply")
-
-
-def decode_fleet(data: bytes) -> list[FleetPeer]:
-    return [FleetPeer.from_message(m) for m in parse(pb.FleetReply(), data, LIST_BYTES).peers]
-
-
-@dataclass(frozen=True, slots=True)
-class UsageQuery:
-    """What edges reported in the last `last_s` seconds; `model` "" = all."""
-
-    model: str = ""
-    last_s: float = 86_400.0
-
-    def __post_init__(self) -> None:
-        text(self.model, NAME_CHARS, "model")
-        seconds(self.last_s, "last_s")
-
-    def encode(self) -> bytes:
-        return build(pb.UsageQuery, model=self.model, last_s=self.last_s)
-
-    @classmethod
-    def decode(cls, data: bytes) -> UsageQuery:
-        m = parse(pb.UsageQuery(), data, CHANGE_BYTES)
-        return cls(m.model, m.last_s)
-
-
-@dataclass(frozen=True, slots=True)
-class UsageCount:
-    """`kind` is "route" (answers), "fallback" (of those) or "bytes" ("uplink" and "reply")."""
-
-    model: str
-    kind: str
-    name: str
-    total: int
-
-
-def encode_usage(counts: Sequence[UsageCount]) -> bytes:
-    fields = UsageCount.__slots__
-    return encoded(
-        lambda: pb.UsageReply(counts=[pb.UsageCount(**{f: getattr(c, f) for f in fields}) for c in counts]),
-        "UsageReply",
-    )
-
-
-def decode_usage(data: bytes) -> list[UsageCount]:
-    found = parse(pb.UsageReply(), data, LIST_BYTES).counts
-    return [UsageCount(m.model, m.kind, m.name, m.total) for m in found]
-
-
 def _kind(number: int) -> PeerKind:
     kind = _KIND_FROM_PB.get(number)
     if kind is None:
@@ -474,39 +289,24 @@ def _kind(number: int) -> PeerKind:
 
 
 __all__ = [
-    "CHANGE_BYTES",
     "CONTROL",
     "DOWN_BYTES",
     "INSTANCE_BYTES",
-    "LIST_BYTES",
-    "POLICIES",
+    "MOST_ITEMS",
     "UP_BYTES",
     "CellLoad",
     "Down",
-    "FleetPeer",
     "Hello",
     "Model",
     "PeerKind",
     "PolicyAck",
-    "PolicyChange",
-    "PolicyEntry",
-    "PolicyQuery",
-    "PolicyState",
     "PolicyUpdate",
     "Report",
     "StepTiming",
     "Up",
-    "UsageCount",
-    "UsageQuery",
     "Welcome",
     "decode_down",
-    "decode_entries",
-    "decode_fleet",
     "decode_up",
-    "decode_usage",
     "encode_down",
-    "encode_entries",
-    "encode_fleet",
     "encode_up",
-    "encode_usage",
 ]

@@ -18,7 +18,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <chrono>
 #include <csignal>
@@ -30,10 +29,12 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
-#include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "coverage.hpp"
+#include "mutator.hpp"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size);
 
@@ -43,82 +44,8 @@ extern "C" __attribute__((weak)) void __sanitizer_print_stack_trace();
 
 namespace {
 
-using Bytes = std::vector<std::uint8_t>;
+using fuzz::Bytes;
 using Clock = std::chrono::steady_clock;
-
-// ---- coverage
-
-constexpr int kSlotBits = 18;
-constexpr std::size_t kSlots = std::size_t{1} << kSlotBits;
-
-/// Edges of the input tried now: how often each was passed (up to 255), and which at all.
-struct Trail {
-  std::uint8_t hits[kSlots];
-  std::uint32_t touched[kSlots];
-  std::size_t count;
-  std::uint64_t before;
-  bool recording;
-};
-Trail trail;
-
-}  // namespace
-
-/// Called by instrumented code. Nothing in here is checked or instrumented itself.
-extern "C" __attribute__((no_sanitize("address", "undefined"))) void __sanitizer_cov_trace_pc() {
-  if (!trail.recording) return;
-  // Addresses count from this function, so that they do not depend on where the program was loaded.
-  const std::uint64_t pc = reinterpret_cast<std::uintptr_t>(__builtin_return_address(0)) -
-                           reinterpret_cast<std::uintptr_t>(&__sanitizer_cov_trace_pc);
-  const std::uint64_t here = (pc * 0x9e3779b97f4a7c15u) >> (64 - kSlotBits);
-  const std::uint64_t slot = here ^ trail.before;
-  trail.before = here >> 1;  // shifted: A to B is another edge than B to A
-  if (trail.hits[slot] == 0) trail.touched[trail.count++] = static_cast<std::uint32_t>(slot);
-  if (trail.hits[slot] != 255) ++trail.hits[slot];
-}
-
-namespace {
-
-/// What all inputs together have reached.
-class Coverage {
- public:
-  explicit Coverage(bool wanted) : seen_(kSlots), wanted_(wanted) {}
-
-  void begin() {
-    trail.before = 0;
-    trail.recording = wanted_;
-  }
-  /// Whether the input that ends here reached something new.
-  bool end() {
-    trail.recording = false;
-    bool fresh = false;
-    for (std::size_t i = 0; i < trail.count; ++i) {
-      const std::uint32_t slot = trail.touched[i];
-      const std::uint8_t bit = bucket(trail.hits[slot]);
-      trail.hits[slot] = 0;
-      if (seen_[slot] & bit) continue;
-      if (seen_[slot] == 0) ++edges_;
-      seen_[slot] |= bit;
-      ++features_;
-      fresh = true;
-    }
-    trail.count = 0;
-    return fresh;
-  }
-  std::size_t edges() const { return edges_; }
-  std::size_t features() const { return features_; }
-
- private:
-  /// 1, 2, 3, 4 ... 7, 8 ... 15, 16 ... 31, 32 ... 127, more.
-  static std::uint8_t bucket(unsigned hits) {
-    static constexpr std::array<unsigned, 8> kLast{1, 2, 3, 7, 15, 31, 127, 255};
-    return static_cast<std::uint8_t>(1u
-                                     << (std::lower_bound(kLast.begin(), kLast.end(), hits) - kLast.begin()));
-  }
-
-  std::vector<std::uint8_t> seen_;  // a bit for each bucket
-  bool wanted_;
-  std::size_t edges_ = 0, features_ = 0;
-};
 
 // ---- crashes
 
@@ -190,147 +117,6 @@ Bytes read(const std::filesystem::path& path) {
   if (!file) throw std::runtime_error("cannot read " + path.string());
   return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
 }
-
-/// Copies of inputs with a few changes each.
-class Mutator {
- public:
-  struct Entry {
-    Bytes bytes;
-    std::uint64_t picked = 0;
-  };
-
-  Mutator(std::uint64_t seed, std::size_t max_len) : random_(seed), max_len_(max_len) {}
-
-  std::vector<Entry> corpus;
-
-  Bytes next() {
-    // Of two the one that was picked less often: finds get their turn at once.
-    Entry &one = corpus[below(corpus.size())], &other = corpus[below(corpus.size())];
-    Entry& from = one.picked <= other.picked ? one : other;
-    ++from.picked;
-    Bytes made = from.bytes;
-    do mutate(made);
-    while (below(2) == 0);
-    if (made.size() > max_len_) made.resize(max_len_);
-    return made;
-  }
-
-  std::uint64_t below(std::uint64_t bound) { return random_() % bound; }
-
- private:
-  /// A place in `size` bytes, often one near the start, where headers are.
-  std::size_t place(std::size_t size) {
-    return below(below(4) == 0 ? std::min<std::size_t>(size, 16) : size);
-  }
-
-  struct Piece {
-    std::size_t at, count;
-  };
-  /// One of 1, 2, 4, ... 256 bytes, as far as there are so many.
-  Piece piece(std::size_t size) {
-    const std::size_t at = place(size);
-    return {at, std::min<std::size_t>(size - at, std::size_t{1} << below(9))};
-  }
-
-  Bytes copied(const Bytes& from, Piece what) {
-    const auto at = from.begin() + static_cast<std::ptrdiff_t>(what.at);
-    return Bytes(at, at + static_cast<std::ptrdiff_t>(what.count));
-  }
-
-  void insert(Bytes& into, const Bytes& more) {
-    into.insert(into.begin() + static_cast<std::ptrdiff_t>(place(into.size() + 1)), more.begin(), more.end());
-  }
-
-  void overwrite(Bytes& into, const Bytes& with) {
-    const std::size_t at = place(into.size());
-    std::copy_n(with.begin(), std::min(with.size(), into.size() - at),
-                into.begin() + static_cast<std::ptrdiff_t>(at));
-  }
-
-  /// Bytes at a place, read as an integer of 1, 2, 4 or 8, and written back.
-  template <class Change>
-  void integer(Bytes& bytes, Change change) {
-    const std::size_t width = std::size_t{1} << below(4);
-    if (bytes.size() < width) return;
-    std::uint8_t* at = bytes.data() + place(bytes.size() - width + 1);
-    std::uint64_t value = 0;
-    std::memcpy(&value, at, width);
-    value = change(value);
-    std::memcpy(at, &value, width);
-  }
-
-  void mutate(Bytes& bytes) {
-    static constexpr std::uint64_t kEdges[] = {0,      1,          0x7f,       0x80,       0xff,
-                                               0x7fff, 0x8000,     0xffff,     0x7fffffff, 0x80000000,
-                                               ~0u,    ~0ull >> 1, 1ull << 63, ~0ull};
-    switch (bytes.empty() ? 0 : below(12)) {
-      case 0: {
-        Bytes more(1 + below(32));
-        for (auto& byte : more) byte = static_cast<std::uint8_t>(random_());
-        insert(bytes, more);
-        break;
-      }
-      case 1:
-        bytes[place(bytes.size())] ^= static_cast<std::uint8_t>(1u << below(8));
-        break;
-      case 2:
-        bytes[place(bytes.size())] = static_cast<std::uint8_t>(random_());
-        break;
-      case 3: {  // a little more or less
-        const std::uint64_t by = 1 + below(35), sign = below(2);
-        integer(bytes, [&](std::uint64_t value) { return sign ? value + by : value - by; });
-        break;
-      }
-      case 4:
-        integer(bytes, [&](std::uint64_t) { return kEdges[below(std::size(kEdges))]; });
-        break;
-      case 5: {  // remove
-        const Piece what = piece(bytes.size());
-        const auto at = bytes.begin() + static_cast<std::ptrdiff_t>(what.at);
-        bytes.erase(at, at + static_cast<std::ptrdiff_t>(what.count));
-        break;
-      }
-      case 6: {  // its own bytes once more
-        const Bytes again = copied(bytes, piece(bytes.size()));
-        below(2) ? insert(bytes, again) : overwrite(bytes, again);
-        break;
-      }
-      case 7: {  // bytes of another
-        const Bytes& other = any();
-        if (other.empty()) break;
-        const Bytes of_it = copied(other, piece(other.size()));
-        below(2) ? insert(bytes, of_it) : overwrite(bytes, of_it);
-        break;
-      }
-      case 8: {  // the start of this, the end of another, often so that nothing moves
-        const Bytes& other = any();
-        const std::size_t at = below(bytes.size() + 1);
-        const std::size_t from = below(2) ? std::min(at, other.size()) : below(other.size() + 1);
-        bytes.resize(at);
-        bytes.insert(bytes.end(), other.begin() + static_cast<std::ptrdiff_t>(from), other.end());
-        break;
-      }
-      case 9: {  // the length of another, or a power of two; and one more or less
-        const std::uint64_t length = below(2) ? any().size() : std::size_t{1} << below(13);
-        bytes.resize(std::min<std::uint64_t>(length + below(3) - (length > 0), max_len_));
-        break;
-      }
-      case 10:
-        bytes.resize(below(2) ? below(bytes.size()) : bytes.size() - 1);
-        break;
-      default: {
-        const Piece what = piece(bytes.size());
-        std::fill_n(bytes.begin() + static_cast<std::ptrdiff_t>(what.at), what.count,
-                    static_cast<std::uint8_t>(below(2) ? 0xff * below(2) : random_()));
-      }
-    }
-  }
-
-  const Bytes& any() { return corpus[below(corpus.size())].bytes; }
-
-  std::mt19937_64 random_;
-  std::size_t max_len_;
-};
 
 // ---- a run
 
@@ -423,8 +209,8 @@ class Driver {
   }
 
   const Options& options_;
-  Coverage coverage_;
-  Mutator mutator_;
+  fuzz::Coverage coverage_;
+  fuzz::Mutator mutator_;
   Clock::time_point start_ = Clock::now();
 };
 

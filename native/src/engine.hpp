@@ -64,7 +64,7 @@ struct Key {
 template <class W>
 using Keys = std::map<u32, Key<W>>;
 
-/// One affine map; see blindtail.he.program.MapOp.
+/// One affine map; see blindtail.he.operations.MapOp.
 template <class W>
 struct MapStep {
   struct Term {

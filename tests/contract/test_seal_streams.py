@@ -10,9 +10,9 @@ import pytest
 
 from blindtail.errors import ContainerError, InputError
 from blindtail.he import container, sealio
-from blindtail.he.program import RELINEARISE
 from blindtail.he.seal_backend import SealEvaluator
 from blindtail.he.secret import Decryptor, Encryptor, SecretKey
+from blindtail.he.spec import RELINEARISE
 from tests.he_cases import CASES, activations, program
 
 CASE = CASES[1]

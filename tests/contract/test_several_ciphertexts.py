@@ -17,12 +17,14 @@ from blindtail.errors import BundleError, ContainerError, ModelError
 from blindtail.he import container, program_file
 from blindtail.he.backends import Keys, open_evaluator
 from blindtail.he.clear import ClearDecryptor, ClearEncryptor, ClearEvaluator, write_clear_keys
+from blindtail.he.dataflow import finish
 from blindtail.he.elementwise import ScaleOp, SquareOp, SumOp
+from blindtail.he.layout import GARBAGE, MOST_CIPHERTEXTS, Layout, runs
 from blindtail.he.native_backend import NativeEvaluator, available
 from blindtail.he.operations import MapOp
 from blindtail.he.packing import packed_bytes
-from blindtail.he.program import Program, finish
-from blindtail.he.spec import GARBAGE, MOST_CIPHERTEXTS, Layout, TailSpec, runs
+from blindtail.he.program import Program
+from blindtail.he.spec import TailSpec
 from tests.tiled_cases import TILED, Tiled, activations, logits, program
 
 FloatArray = NDArray[np.float64]

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from blindtail.he import sealio
-from blindtail.he.program import MapOp
+from blindtail.he.operations import MapOp
 from blindtail.he.secret import SecretKey, Ticket
 from blindtail.link import ShapedLink
 from cloud.local import LocalCell

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from blindtail.he import sealio
-from blindtail.he.program import MapOp
+from blindtail.he.operations import MapOp
 from blindtail.he.spec import TailSpec
 from blindtail.link import ShapedLink
 from cloud.local import LocalCell

@@ -14,11 +14,8 @@ from blindtail.errors import ConfigError
 from blindtail.rpc import INSECURE_LOOPBACK, TailStub, secure_channel
 from blindtail.serving import probe_port
 from blindtail.wire import KeyState
-from blindtail.wire.control import (
-    FleetPeer,
-    PeerKind,
-    Report,
-)
+from blindtail.wire.control import PeerKind, Report
+from blindtail.wire.policies import FleetPeer
 from cloud.config import CloudConfig
 from cloud.control import CellControl
 from cloud.local import LocalCell

@@ -17,7 +17,8 @@ from blindtail.identity import Role
 from blindtail.policy_document import Objectives, PolicyDocument
 from blindtail.rpc import INSECURE_LOOPBACK, Credentials
 from blindtail.tls import ClientTlsFiles, TlsFiles
-from blindtail.wire.control import PeerKind, PolicyChange, PolicyState
+from blindtail.wire.control import PeerKind
+from blindtail.wire.policies import PolicyChange, PolicyState
 from edge.runtime import EdgeRuntime
 from orchestrator.config import OrchestratorConfig
 from orchestrator.local import LocalOrchestrator

@@ -1,7 +1,11 @@
-"""A tail with a connection around a cubic activation, from the network to a real cell's answers over gRPC."""
+"""Tails with joins, from the network to a real cell's answers over gRPC.
+
+One has a connection around a cubic activation; in the other two tensors meet that the head gives.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from blindtail.preprocessing import Preprocessing
 from cloud.local import LocalCell
 from edge.executor import softmax
 from edge.runtime import EdgeRuntime
+from tests import meeting_cases
 
 SHAPE, CLASSES = (1, 8, 8), 4
 
@@ -50,14 +55,19 @@ def _images(count: int, seed: int) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, (count, *SHAPE), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("backend", ["clear", "seal", *(["native"] if available() else [])])
-def test_answers_are_pytorchs(backend: Any, tmp_path: Path) -> None:
-    model, pixels = _model(), _images(4, seed=1)
+BACKENDS = ["clear", "seal", *(["native"] if available() else [])]
+
+
+@pytest.mark.parametrize(
+    ("backend", "make"),
+    [*((backend, _model) for backend in BACKENDS), (BACKENDS[-1], meeting_cases.model)],
+)
+def test_answers_are_pytorchs(backend: Any, make: Callable[[], SplitModel], tmp_path: Path) -> None:
+    model, pixels = make(), _images(4, seed=1)
     edge, cloud = pack(model, _images(60, 0), temperatures=(1.0,), thresholds=(0.9,), metrics={}, version="1")
     cloud.save(tmp_path / "cloud.bt")
     assert not CloudBundle.open(tmp_path / "cloud.bt").programs[0].is_chain
-    with torch.no_grad():
-        want = model.tails["0"](torch.from_numpy(model.preprocessing.apply(pixels))).double().numpy()
+    want = model.logits(pixels)[-1].double().numpy()
     with (
         LocalCell([tmp_path / "cloud.bt"], backend=backend, state_dir=tmp_path / "cell") as cell,
         EdgeRuntime.open(

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import edge.session
+import edge.backoff
 from blindtail.bundle import CloudBundle
-from blindtail.he.program import MapOp, Program, finish
+from blindtail.he.dataflow import finish
+from blindtail.he.operations import MapOp
+from blindtail.he.program import Program
 from blindtail.rpc import INSECURE_LOOPBACK
 from cloud.local import LocalCell
 from cloud.operator_client import OperatorClient
@@ -43,7 +45,7 @@ def sharper() -> Program:
 def test_an_edge_through_canary_withdrawal_and_return(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(edge.session, "HOPELESS_S", 0.3)  # asks again after this long
+    monkeypatch.setattr(edge.backoff, "HOPELESS_S", 0.3)  # asks again after this long
     bundle = bundle_of(spec=program().spec)
     CloudBundle(bundle.model, bundle.version, {2: program()}).save(tmp_path / "old.bt")
     CloudBundle(bundle.model, "new", {2: sharper()}).save(tmp_path / "new.bt")

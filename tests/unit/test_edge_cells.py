@@ -1,14 +1,13 @@
-"""One tail and several cells: which is tried when, and moving without a gap."""
+"""One tail and several cells: which is tried when, and what a request meets whose cell dies."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from blindtail.errors import (
@@ -17,178 +16,29 @@ from blindtail.errors import (
     ConfigError,
     Overloaded,
     ProgramMismatch,
-    SessionLost,
     TailUnavailable,
 )
-from blindtail.records import TailReply, TailTimings
+from blindtail.records import TailReply
 from blindtail.rpc import INSECURE_LOOPBACK
-from blindtail.wire import KeyState, KeyStatus, RegisterResult
+from blindtail.wire import KeyState
+from edge import backoff
 from edge import session as session_module
 from edge.cells import MOST_LEARNED, SHUN_S, Cells, Place, may_dial, split_addresses
 from edge.config import EdgeConfig
-from edge.keyfiles import KeyFiles
-from edge.keys import Report
-from edge.session import RemoteTail
 from edge.tail import TailState
-from tests.edge_fakes import FEATURES, FakeClock, PlainCipher, reply, spec_of
+from tests.cells_cases import (
+    ACTIVATION,
+    A,
+    B,
+    C,
+    FakeClient,
+    Rig,
+    World,
+    rig_of_one_test,  # noqa: F401
+)
+from tests.edge_fakes import FakeClock, until
 
 pytestmark = pytest.mark.timeout(30)
-A, B, C = "127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"
-ACTIVATION = PlainCipher().encrypt(np.zeros(FEATURES))
-
-
-class World:
-    """Cells by address, all with one set of keys unless told otherwise."""
-
-    def __init__(self) -> None:
-        self.down: set[str] = set()
-        self.faults: dict[str, BlindtailError] = {}
-        self.draining: set[str] = set()
-        self.keys: dict[str, KeyState] = {}
-        self.others: dict[str, tuple[str, ...]] = {}
-        self.advertised: dict[str, str] = {}
-        self.lost: set[str] = set()  # cells that forgot their sessions
-        self.dialled: list[str] = []
-        self.registered: list[str] = []
-        self.evaluated: list[str] = []
-        self.clients: list[FakeClient] = []
-        self.hold: threading.Event | None = None  # evaluations wait for it
-        self.holding = threading.Semaphore(0)
-        self.refuse_evaluations = False
-
-    def dial(self, address: str) -> FakeClient:
-        self.dialled.append(address)
-        self.clients.append(FakeClient(self, address))
-        return self.clients[-1]
-
-
-class FakeClient:
-    def __init__(self, world: World, address: str) -> None:
-        self.world, self.given, self.address = world, address, address
-        self.closed = False
-
-    def _reach(self) -> None:
-        if self.closed or self.address in self.world.down:
-            raise TailUnavailable(f"nobody at {self.address}")
-        if self.address in self.world.faults:
-            raise self.world.faults[self.address]
-
-    def register(self, key_sha256: bytes, timeout_s: float) -> RegisterResult:
-        world = self.world
-        self._reach()
-        self.address = world.advertised.get(self.given, self.address)
-        world.registered.append(self.address)
-        world.lost.discard(self.address)
-        return RegisterResult(
-            len(world.registered).to_bytes(16, "big"),
-            world.keys.get(self.address, KeyState.READY),
-            "",
-            600.0,
-            self.address in world.draining,
-            world.others.get(self.address, ()),
-        )
-
-    def key_status(self, key_sha256: bytes, timeout_s: float) -> KeyStatus:
-        self._reach()
-        return KeyStatus(self.world.keys.get(self.address, KeyState.READY), 0)
-
-    def evaluate(
-        self,
-        session: bytes,
-        request_id: bytes,
-        attempt: int,
-        container: bytes,
-        remaining_s: float,
-        program_id: str = "",
-    ) -> TailReply:
-        world = self.world
-        hold = world.hold
-        if hold is not None:
-            world.holding.release()
-            assert hold.wait(10)
-        self._reach()
-        if self.address in world.lost:
-            raise SessionLost("forgotten")
-        world.evaluated.append(self.address)
-        honest = reply()
-        timings = TailTimings(0.0, 0.001, "fake", self.address in world.draining, "1")
-        return TailReply(honest.container, timings, 0.001)
-
-    def close(self) -> None:
-        self.closed = True
-
-
-class FakeWorker:
-    def __init__(self, files: KeyFiles, world: World) -> None:
-        self.files, self.world = files, world
-        self.uploads: list[str] = []
-
-    def run(self, address: str | None, report: Report) -> None:
-        if self.files.find() is None:
-            self.files.secret.write_bytes(b"s" * 8)
-            self.files.evaluation.write_bytes(b"e" * 8)
-            self.files.complete()
-        if address is not None:
-            report({"event": "uploading", "sent": 3, "total": 9})
-            self.uploads.append(address)
-            self.world.keys[address] = KeyState.READY
-
-    def close(self) -> None:
-        pass
-
-
-class Rig:
-    def __init__(self, folder: Path) -> None:
-        self.world, self.folder = World(), folder
-        self.files = KeyFiles(folder, spec_of())
-        self.worker = FakeWorker(self.files, self.world)
-        self.states: list[TailState] = []
-        self.tail: RemoteTail | None = None
-
-    def start(self, *addresses: str, wait: bool = True) -> RemoteTail:
-        tail = self.tail = RemoteTail(
-            spec_of(),
-            Cells(addresses, self.world.dial),
-            self.files,
-            self.worker,
-            seed=1,
-            load_cipher=lambda *_: PlainCipher(),
-        )
-        tail.start()
-        if wait:
-            assert tail.wait_ready(10.0), tail.status()
-        return tail
-
-    def fails(self) -> None:
-        """A request with no time for another cell meets the trouble."""
-        assert self.tail is not None
-        self.tail._typical_s = 5.0
-        with pytest.raises(BlindtailError):
-            self.tail.evaluate(ACTIVATION, 1.0)
-
-    def at(self, address: str) -> None:
-        """Waits until requests go there."""
-        until(lambda: self.tail is not None and self.tail.ready and self.tail.status().cell == address)
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    end_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end_s, "it never happened"
-        time.sleep(0.005)
-
-
-@pytest.fixture
-def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    monkeypatch.setattr(session_module, "REJOIN_S", 0.02)
-    monkeypatch.setattr(session_module, "BACK_OFF_S", (0.02, 0.05))
-    monkeypatch.setattr(session_module, "MOVE_S", 0.05)
-    monkeypatch.setattr(session_module, "_SETTLED_S", 0.0)
-    made = Rig(tmp_path)
-    yield made
-    if made.tail is not None:
-        made.tail.close()
-        until(lambda: all(client.closed for client in made.world.clients))
 
 
 # -- candidates ------------------------------------------------------------------------
@@ -332,7 +182,7 @@ def test_a_request_waits_for_another_cell_only_so_long(rig: Rig, monkeypatch: py
 
 
 def test_nobody_waits_before_every_cell_was_tried_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "BACK_OFF_S", (60.0, 60.0))
+    monkeypatch.setattr(backoff, "BACK_OFF_S", (60.0, 60.0))
     rig.start(A, B, C)
     rig.world.down = {A, B}
     rig.fails()
@@ -412,104 +262,4 @@ def test_cells_that_a_cell_names_are_candidates(rig: Rig) -> None:
     rig.start(A)
     rig.world.down = {A}
     rig.fails()
-    rig.at(B)
-
-
-# -- a cell that drains ----------------------------------------------------------------------
-
-
-def test_it_moves_before_it_leaves(rig: Rig) -> None:
-    tail = rig.start(A, B)
-    rig.world.draining = {A}
-    rig.world.evaluated.clear()
-    for _ in range(200):
-        tail.evaluate(ACTIVATION, 1.0)  # none fails
-        assert tail.ready
-        if rig.world.evaluated[-1] == B:
-            break
-        time.sleep(0.005)
-    rig.at(B)
-    assert rig.world.evaluated[0] == A
-    assert tail.status().registrations == 2
-    until(lambda: rig.world.clients[0].closed)
-
-
-def test_what_runs_at_the_old_cell_is_finished_there(rig: Rig) -> None:
-    tail = rig.start(A, B)
-    rig.world.hold = hold = threading.Event()
-    replies: list[TailReply] = []
-    running = threading.Thread(target=lambda: replies.append(tail.evaluate(ACTIVATION, 10.0)))
-    running.start()
-    assert rig.world.holding.acquire(timeout=5)
-    rig.world.hold = None
-    rig.world.draining = {A}
-    tail.evaluate(ACTIVATION, 1.0)
-    rig.at(B)
-    time.sleep(0.05)
-    assert not rig.world.clients[0].closed
-    hold.set()
-    running.join(5)
-    assert len(replies) == 1
-    until(lambda: rig.world.clients[0].closed)
-
-
-def test_keys_are_uploaded_to_the_new_cell_while_the_old_one_answers(rig: Rig) -> None:
-    rig.world.keys[B] = KeyState.MISSING
-    tail = rig.start(A, B)
-    rig.world.draining = {A}
-    tail.evaluate(ACTIVATION, 1.0)
-    rig.at(B)
-    assert rig.worker.uploads == [B]
-    assert tail.status().registrations == 2
-
-
-def test_with_nowhere_to_go_it_stays_and_asks_now_and_then(rig: Rig) -> None:
-    tail = rig.start(A, B)
-    rig.world.draining, rig.world.down = {A}, {B}
-    end_s = time.monotonic() + 0.4
-    while time.monotonic() < end_s:
-        tail.evaluate(ACTIVATION, 1.0)
-        assert tail.ready
-        time.sleep(0.002)
-    assert 2 <= rig.world.dialled.count(B) <= 15  # every MOVE_S, not with every reply
-    rig.world.down = set()
-    rig.at(B)  # also without a request in between
-
-
-def test_all_cells_drain_and_a_new_edge_is_served_all_the_same(rig: Rig) -> None:
-    rig.world.draining = {A, B}
-    tail = rig.start(A, B)
-    assert tail.evaluate(ACTIVATION, 1.0).container == reply().container
-    assert rig.world.registered[:2] == [A, B]
-    assert tail.status().cell == A
-
-
-def test_a_new_edge_prefers_a_cell_that_does_not_drain(rig: Rig) -> None:
-    rig.world.draining = {A}
-    rig.start(A, B)
-    rig.at(B)
-
-
-def test_the_old_cell_dies_while_a_new_one_is_joined(rig: Rig) -> None:
-    rig.world.keys[B] = KeyState.CHECKING
-    tail = rig.start(A, B)
-    rig.world.draining = {A}
-    tail.evaluate(ACTIVATION, 1.0)
-    until(lambda: B in rig.world.registered)
-    rig.world.down = {A}
-    rig.fails()
-    assert tail.status().state is TailState.AWAY
-    rig.world.keys[B] = KeyState.READY
-    rig.at(B)
-    assert tail.status().registrations == 2
-
-
-def test_behind_a_balancer_the_same_address_leads_elsewhere(rig: Rig) -> None:
-    balancer = "127.0.0.1:9"
-    rig.world.advertised[balancer] = A
-    tail = rig.start(balancer)
-    rig.at(A)
-    rig.world.draining = {A}
-    rig.world.advertised[balancer] = B
-    tail.evaluate(ACTIVATION, 1.0)
     rig.at(B)

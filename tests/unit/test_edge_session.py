@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from blindtail.errors import (
@@ -24,173 +23,19 @@ from blindtail.errors import (
     SessionLost,
     TailUnavailable,
 )
-from blindtail.records import TailReply
-from blindtail.wire import KeyState, KeyStatus, RegisterResult, TicketsTaken
+from blindtail.wire import KeyState
 from edge import session as session_module
-from edge.activity import Activity
-from edge.cells import Cells
-from edge.keyfiles import KeyFiles
-from edge.keys import Report
-from edge.session import RemoteTail
 from edge.tail import TailState
 from edge.tails import open_tails
-from tests.edge_fakes import FEATURES, PlainCipher, bundle_of, reply, spec_of
+from tests.edge_fakes import bundle_of, reply, until
+from tests.session_cases import (
+    ACTIVATION,
+    Rig,
+    rig_of_one_test,  # noqa: F401
+    short_waits,  # noqa: F401
+)
 
 pytestmark = pytest.mark.timeout(30)
-
-
-class FakeCell:
-    """A `CellClient`: sessions are numbered; `faults` are raised by the next evaluations, in order."""
-
-    address = "127.0.0.1:1"
-
-    def __init__(self) -> None:
-        self.keys = KeyState.MISSING
-        self.registered: list[bytes] = []
-        self.evaluated: list[tuple[bytes, bytes, int]] = []
-        self.faults: list[BlindtailError] = []
-        self.refuse: BlindtailError | None = None
-        self.closed = False
-        self.pings = 0
-        self.silent = False
-        self.capacity = 16
-        self.offers: list[tuple[bytes, tuple[bytes, ...]]] = []
-        self.offer_fault: BlindtailError | None = None
-        self.containers: list[bytes] = []
-
-    def register(self, key_sha256: bytes, timeout_s: float) -> RegisterResult:
-        self.registered.append(key_sha256)
-        if self.silent:
-            raise DeadlineExceeded("no reply")
-        if self.refuse is not None:
-            raise self.refuse
-        return RegisterResult(len(self.registered).to_bytes(16, "big"), self.keys, "", 600.0)
-
-    def key_status(self, key_sha256: bytes, timeout_s: float) -> KeyStatus:
-        self.pings += 1
-        if self.silent:
-            raise DeadlineExceeded("no reply")
-        return KeyStatus(self.keys, 0)
-
-    def tickets(self, session: bytes, seeds: tuple[bytes, ...], timeout_s: float) -> TicketsTaken:
-        self.offers.append((session, seeds))
-        if self.offer_fault is not None:
-            raise self.offer_fault
-        return TicketsTaken(len(seeds) if self.capacity else 0, self.capacity)
-
-    def evaluate(
-        self,
-        session: bytes,
-        request_id: bytes,
-        attempt: int,
-        container: bytes,
-        remaining_s: float,
-        program_id: str = "",
-    ) -> TailReply:
-        self.evaluated.append((session, request_id, attempt))
-        self.containers.append(container)
-        if self.faults:
-            raise self.faults.pop(0)
-        return reply()
-
-    def close(self) -> None:
-        self.closed = True
-
-
-class FakeWorker:
-    """A `KeyWorker` that writes two small files and flips the cell's key state."""
-
-    def __init__(self, files: KeyFiles, cell: FakeCell) -> None:
-        self.files, self.cell = files, cell
-        self.orders: list[str | None] = []
-        self.fault: BlindtailError | None = None
-
-    def run(self, address: str | None, report: Report) -> None:
-        self.orders.append(address)
-        if self.fault is not None:
-            raise self.fault
-        try:
-            found = self.files.find()
-        except ContainerError:
-            self.files.set_aside()
-            found = None
-        if found is None:
-            report({"event": "making"})
-            self.files.secret.write_bytes(b"s" * 8 + bytes([len(self.orders)]))
-            self.files.evaluation.write_bytes(b"e" * 8 + bytes([len(self.orders)]))
-            self.files.complete()
-        if address is not None:
-            report({"event": "uploading", "sent": 3, "total": 9})
-            self.cell.keys = KeyState.READY
-
-    def close(self) -> None:
-        pass
-
-
-class Rig:
-    def __init__(self, folder: Path) -> None:
-        self.cell = FakeCell()
-        self.files = KeyFiles(folder, spec_of())
-        self.worker = FakeWorker(self.files, self.cell)
-        self.probes: list[float] = []
-        self.loads = self.dialled = 0
-        self.activity = Activity()
-        self.tail = self.make()
-
-    def make(self, tickets: int = 0) -> RemoteTail:
-        def load(*_: Any) -> PlainCipher:
-            self.loads += 1
-            self.cipher = PlainCipher()
-            return self.cipher
-
-        def dial(address: str) -> FakeCell:
-            assert address == self.cell.address
-            self.dialled += 1
-            return self.cell
-
-        return RemoteTail(
-            spec_of(),
-            Cells([self.cell.address], dial),
-            self.files,
-            self.worker,
-            seed=1,
-            load_cipher=load,
-            on_probe=lambda seconds, timings: self.probes.append(seconds),
-            tickets=tickets,
-            activity=self.activity,
-        )
-
-    def start(self) -> RemoteTail:
-        self.tail.start()
-        assert self.tail.wait_ready(10.0), self.tail.status()
-        return self.tail
-
-    def again(self, count: int) -> None:
-        """Waits until the tail is READY for the `count`-th time."""
-        until(lambda: self.tail.status().registrations >= count and self.tail.ready)
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    end_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end_s, "it never happened"
-        time.sleep(0.005)
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "REJOIN_S", 0.02)
-    monkeypatch.setattr(session_module, "BACK_OFF_S", (0.02, 0.05))
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path)
-    yield made
-    made.tail.close()
-
-
-ACTIVATION = PlainCipher().encrypt(np.zeros(FEATURES))
 
 
 def test_it_makes_keys_uploads_them_registers_and_probes(rig: Rig) -> None:
@@ -450,105 +295,3 @@ def test_wrong_settings_are_refused_at_the_door(
     }
     with pytest.raises(ConfigError, match=words):
         open_tails(bundle_of(), given.pop("address"), **given)
-
-
-# -- tickets --------------------------------------------------------------------
-
-
-def ticketed(folder: Path, tickets: int = 3) -> Rig:
-    rig = Rig(folder)
-    rig.tail = rig.make(tickets)
-    rig.start()
-    return rig
-
-
-def number(seed: bytes) -> int:
-    return int.from_bytes(seed, "big")
-
-
-def test_tickets_are_announced_and_used_oldest_first(tmp_path: Path) -> None:
-    rig = Rig(tmp_path)
-    rig.tail = rig.make(3)
-    with rig.activity.request():  # nothing is made meanwhile
-        rig.start()
-        time.sleep(0.1)
-        assert (rig.cipher.made, rig.tail.status().tickets) == (0, 0)
-    until(lambda: rig.tail.tickets == 3)
-    assert rig.tail.status().tickets == 3
-    assert {session for session, _ in rig.cell.offers} == {len(rig.cell.registered).to_bytes(16, "big")}
-    ticket = rig.tail.take_ticket(rig.cipher)
-    assert ticket is not None
-    assert number(ticket.seed) == 1
-    container = rig.cipher.encrypt(np.zeros(FEATURES), None, ticket)
-    rig.tail.evaluate(container, 1.0)
-    until(lambda: rig.tail.tickets == 3 and rig.cipher.made == 4)
-    assert rig.tail.take_ticket(PlainCipher()) is None
-    rig.tail.close()
-    assert rig.tail.take_ticket(rig.cipher) is None
-
-
-@pytest.mark.parametrize("tickets", [0, 3])
-def test_a_cell_without_tickets_or_an_edge_without(tmp_path: Path, tickets: int) -> None:
-    rig = Rig(tmp_path)
-    rig.cell.capacity = 0
-    rig.tail = rig.make(tickets)
-    rig.start()
-    time.sleep(0.1)
-    assert (rig.cipher.made, len(rig.cell.offers)) == (0, min(tickets, 1))
-    assert rig.tail.take_ticket(rig.cipher) is None
-    rig.tail.evaluate(rig.cipher.encrypt(np.zeros(FEATURES)), 1.0)
-    rig.tail.close()
-
-
-def test_a_retry_sends_the_very_same_bytes(tmp_path: Path) -> None:
-    rig = ticketed(tmp_path)
-    until(lambda: rig.tail.tickets == 3)
-    container = rig.cipher.encrypt(np.ones(FEATURES), None, rig.tail.take_ticket(rig.cipher))
-    rig.cell.faults = [TailUnavailable("the connection broke")]
-    before, encrypted = len(rig.cell.containers), rig.cipher.encrypted
-    rig.tail.evaluate(container, 5.0)
-    assert rig.cell.containers[before:] == [container, container]
-    assert (rig.cipher.encrypted, len(rig.cipher.used)) == (encrypted, 1)
-    rig.tail.close()
-
-
-@pytest.mark.parametrize("fault", [SessionLost("who are you"), KeysMissing("evicted")])
-def test_a_lost_session_throws_the_tickets_away(tmp_path: Path, fault: BlindtailError) -> None:
-    rig = ticketed(tmp_path)
-    until(lambda: rig.tail.tickets == 3)
-    ticket = rig.tail.take_ticket(rig.cipher)
-    assert ticket is not None
-    rig.cell.faults = [fault]
-    with pytest.raises(type(fault)):
-        rig.tail.evaluate(rig.cipher.encrypt(np.zeros(FEATURES), None, ticket), 1.0)
-    assert rig.tail.take_ticket(rig.cipher) is None
-    rig.again(2)
-    until(lambda: rig.tail.tickets == 3)
-    again = rig.tail.take_ticket(rig.cipher)
-    assert again is not None
-    assert number(again.seed) > 3
-    assert rig.cell.offers[-1][0] == len(rig.cell.registered).to_bytes(16, "big")
-    rig.tail.close()
-
-
-def test_an_announcement_that_finds_the_session_gone_registers_again(tmp_path: Path) -> None:
-    rig = ticketed(tmp_path)
-    until(lambda: rig.tail.tickets == 3)
-    rig.cell.offer_fault = SessionLost("who are you")
-    rig.tail.take_ticket(rig.cipher)
-    until(lambda: rig.tail.status().registrations == 2 or not rig.tail.ready)
-    rig.cell.offer_fault = None
-    rig.again(2)
-    until(lambda: rig.tail.tickets == 3)
-    rig.tail.close()
-
-
-def test_a_silent_announcement_leaves_the_session_alone(tmp_path: Path) -> None:
-    rig = ticketed(tmp_path)
-    until(lambda: rig.tail.tickets == 3)
-    rig.cell.offer_fault = TailUnavailable("no answer")
-    rig.tail.take_ticket(rig.cipher)
-    until(lambda: len(rig.cell.offers) >= 3)
-    assert rig.tail.ready
-    assert (rig.tail.tickets, rig.tail.status().registrations) == (2, 1)
-    rig.tail.close()

@@ -144,6 +144,25 @@ def test_an_owners_forward_with_functions_folds() -> None:
     assert len(assert_folds(Owner(), (1, 6, 6))) == 3
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_dense_layer_folds_to_its_own_weights(bias: bool) -> None:
+    """To the last bit, also behind a layer that only moves; what comes behind another is multiplied."""
+    torch.manual_seed(1)
+    layer, second = nn.Linear(12, 7, bias=bias), nn.Linear(7, 3)
+    (made,) = fold_tail(nn.Sequential(nn.Flatten(), layer), (3, 2, 2))
+    assert isinstance(made, Affine)
+    assert np.array_equal(np.asarray(made.weight), layer.weight.detach().double().numpy())
+    assert np.array_equal(made.bias, layer.bias.detach().double().numpy() if bias else np.zeros(7))
+    assert_folds(nn.Sequential(nn.Flatten(), layer, second), (3, 2, 2))
+    assert_folds(nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(3, 5)), (3, 2, 2))
+
+
+def test_a_hook_on_a_dense_layer_is_not_passed_over() -> None:
+    layer = nn.Linear(6, 4)
+    layer.register_forward_hook(lambda _, __, made: made * 2)
+    assert_folds(nn.Sequential(layer), (6,))
+
+
 def test_a_single_layer_folds() -> None:
     assert len(assert_folds(nn.Linear(4, 2), (4,))) == 1
 

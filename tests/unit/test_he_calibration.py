@@ -15,8 +15,9 @@ from blindtail.he import calibration, cost
 from blindtail.he.calibration import SIZES, Calibration, calibrate
 from blindtail.he.cost import Reference
 from blindtail.he.native_backend import available
+from blindtail.he.operations import MapOp
 from blindtail.he.params import Parameters
-from blindtail.he.program import MapOp, Program
+from blindtail.he.program import Program
 from tests.cloud_cases import program
 
 #: Seconds that the made-up machine takes for one limb or pair; `PAIR_S` from memory.

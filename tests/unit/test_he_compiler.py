@@ -20,7 +20,8 @@ from blindtail.he.clear import ClearEvaluator
 from blindtail.he.compiler import compile_tail
 from blindtail.he.layers import Affine, Quadratic
 from blindtail.he.normal import normalised
-from blindtail.he.program import MapOp, Program, landing_scale
+from blindtail.he.operations import MapOp, landing_scale, leading_scale, leading_scales
+from blindtail.he.program import Program
 from blindtail.he.program_file import MAX_OPS
 from blindtail.he.sparse import Sparse
 from blindtail.he.spec import TailSpec
@@ -133,6 +134,24 @@ def test_scales_land_to_the_last_bit() -> None:
         moved = replace(op, in_scale=current, out_scale=landing_scale(current, target, prime))
         assert current * moved.plain_scale(parameters) / prime == moved.out_scale
     assert missed > 0
+
+
+def test_products_that_are_added_up_have_one_scale_before_they_are_rescaled() -> None:
+    rng = np.random.default_rng(1)
+    q, apart = 1072496641, 0
+    for _ in range(2000):
+        read = (2.0 ** rng.uniform(20, 40, 2)).tolist()
+        out = landing_scale(read[0], 2.0 ** int(rng.integers(20, 40)), q)  # as plans choose them
+        nearest = [leading_scale(scale, out, q) for scale in read]
+        found = leading_scales(read, out, q)
+        if found is None:
+            continue
+        one, two = (scale * plain for scale, plain in zip(read, found, strict=True))
+        assert one == two
+        assert one / q == out
+        assert nearest[1] is not None
+        apart += read[0] * found[0] != read[1] * nearest[1]  # the control: the nearest do miss
+    assert apart > 0
 
 
 def test_the_program_id_depends_on_every_weight() -> None:

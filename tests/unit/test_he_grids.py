@@ -22,6 +22,7 @@ from blindtail.he.diagonals import meet
 from blindtail.he.frontend import fold_tail
 from blindtail.he.grids import Grid
 from blindtail.he.layers import Affine, FloatArray, Layer, Quadratic
+from blindtail.he.layout import Layout
 from blindtail.he.native_backend import available
 from blindtail.he.normal import normalised
 from blindtail.he.objective import NoPlan, Objective
@@ -29,7 +30,6 @@ from blindtail.he.operations import MapOp
 from blindtail.he.params import PRIME_SIZES, Parameters
 from blindtail.he.program import Program
 from blindtail.he.sparse import Sparse, compact, entries
-from blindtail.he.spec import Layout
 from blindtail.models.layers import Square
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blindtail.errors import ModelError
+from blindtail.he.layout import GARBAGE, ZERO, Layout, expand_runs, runs
 from blindtail.he.params import (
     MAX_LOG2_Q_128,
     SEAL_MAX_LOG2_Q_128,
@@ -15,7 +16,6 @@ from blindtail.he.params import (
     is_prime,
     ntt_primes,
 )
-from blindtail.he.spec import GARBAGE, ZERO, Layout, expand_runs, runs
 
 
 def test_the_bound_is_never_looser_than_seals_own() -> None:

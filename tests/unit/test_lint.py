@@ -129,8 +129,15 @@ def test_levels_of_layers_add_up_to_the_depth() -> None:
 
 def test_two_inputs_can_be_cut_where_they_have_met() -> None:
     report = lint(nets.TwoInputs(), [(4,), (3,)])
-    assert report.whole is None
-    assert [(c.name, c.verdict) for c in report.cuts] == [("add", "runs"), ("mul", "runs")]
+    assert report.input_shapes == ((4,), (3,))
+    assert [(c.name, c.verdict) for c in report.cuts] == [
+        ("input", "runs"),
+        ("add", "runs"),
+        ("mul", "runs"),
+    ]
+    assert report.whole is not None
+    assert (report.whole.values, report.whole.depth) == (7, 3)
+    assert report.whole.plan is not None
     with pytest.raises(ModelError, match="missing 1 required positional argument"):
         lint(nets.TwoInputs(), (4,))
 

@@ -44,6 +44,8 @@ def parts():
         preprocessing=Preprocessing(input_shape=(1, 4, 4), mean=(0.0,), std=(1.0,)), class_names=("a", "b"))
 
 number = 3
+
+from tests.meeting_cases import model as meeting
 """
 
 Run = Callable[..., tuple[int, str, str]]
@@ -117,6 +119,15 @@ def test_a_split_model_brings_its_shape(run: Run) -> None:
     code, out, _ = run("nets_to_lint.py:parts", "--json")
     report = json.loads(out)
     assert (code, report["input_shapes"], report["verdict"]) == (0, [[1, 4, 4]], "runs")
+
+
+def test_a_split_model_in_whose_tail_tensors_meet(run: Run) -> None:
+    code, out, _ = run("nets_to_lint.py:meeting", "--json")
+    cuts = {cut["name"]: cut for cut in json.loads(out)["cuts"]}
+    assert (code, cuts["0"]["values"], cuts["0"]["depth"], cuts["0"]["verdict"]) == (0, 44, 3, "runs")
+    code, out, _ = run("nets_to_lint.py:meeting", "--refresh", "--json")
+    refreshed = {cut["name"]: cut["costs"]["round_trips"] for cut in json.loads(out)["refreshed"]}
+    assert (code, refreshed["0"]) == (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,8 @@ from blindtail.config import assignments, load_config
 from blindtail.errors import ConfigError
 from blindtail.policy_document import Objectives, PolicyDocument
 from blindtail.serving import TlsFiles
-from blindtail.wire.control import (
-    CellLoad,
-    FleetPeer,
-    Hello,
-    PeerKind,
-    PolicyEntry,
-    PolicyState,
-    PolicyUpdate,
-    Report,
-)
+from blindtail.wire.control import CellLoad, Hello, PeerKind, PolicyUpdate, Report
+from blindtail.wire.policies import FleetPeer, PolicyEntry, PolicyState
 from orchestrator.config import AttachLimits, OrchestratorConfig, default_state_dir
 from orchestrator.texts import document_text, entry_json, entry_text, peer_json, peer_text
 

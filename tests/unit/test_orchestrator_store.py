@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from blindtail.errors import ConfigError, StateError
-from blindtail.wire.control import PolicyState
+from blindtail.wire.policies import PolicyState
 from orchestrator.store import SCHEMA, Store, Stored, Vote
 
 ACTIVE, REPLACED, ROLLED_BACK = PolicyState.ACTIVE, PolicyState.REPLACED, PolicyState.ROLLED_BACK

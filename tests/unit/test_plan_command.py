@@ -44,11 +44,16 @@ class Sorted(nn.Module):
 def squares():
     return nn.Sequential(nn.Linear(20, 16), Square(), nn.Linear(16, 3))
 
+def wide():  # N = 4096 has 2048 slots, each for two values
+    return nn.Sequential(nn.Linear(9000, 10))
+
 def parts():
     tails = {0: nn.Linear(16, 2), 1: nn.Sequential(nn.Linear(16, 8), Square(), nn.Linear(8, 2))}
     return SplitModel.from_parts(
         name="toy", stages=[nn.Flatten(), nn.Identity()], exits={0: nn.Linear(16, 2)}, tails=tails,
         preprocessing=Preprocessing(input_shape=(1, 4, 4), mean=(0.0,), std=(1.0,)), class_names=("a", "b"))
+
+from tests.meeting_cases import model as meeting
 """
 
 Run = Callable[..., tuple[int, str, str]]
@@ -106,12 +111,42 @@ def test_bounds_and_a_picture(run: Run, tmp_path: Path) -> None:
     assert (code, json.loads(out)["cuts"]["input"]["chosen"]["key_bytes"] <= 0.7 * loose) == (0, True)
 
 
+def test_plans_over_several_ciphertexts_are_marked(run: Run, tmp_path: Path) -> None:
+    given = ("nets_to_plan.py:wide", "--input", "9000", "--cut", "input")
+    found = json.loads(run(*given, "--json")[1])["cuts"]["input"]
+    several = [row for row in found["front"] if "ciphertexts" in row]
+    assert 0 < len(several) < len(found["front"])
+    assert (found["chosen"]["ring_degree"], found["chosen"]["ciphertexts"]) == (4096, [3, 1])
+    assert found["chosen"]["values"][0] == "[4500/2048] complex"
+    out = run(*given)[1]
+    for row in several:  # all of them, though the table leaves others out
+        assert f"4,096x{row['ciphertexts'][0]} " in out
+    assert out.count("4,096x") == len(several) + 1
+    assert "values are cut into tiles" in out
+    pytest.importorskip("matplotlib")
+    assert run(*given, "--plot", "front.svg", "--json")[0] == 0
+    assert "over several ciphertexts" in (tmp_path / "front.svg").read_text()
+    # The control: all values of a small tail fit one.
+    given = ("nets_to_plan.py:squares", "--input", "20", "--cut", "input")
+    assert "ciphertexts" not in run(*given, "--json")[1]
+    assert "tiles" not in run(*given)[1]
+    assert run(*given, "--plot", "front.svg", "--json")[0] == 0
+    assert "over several ciphertexts" not in (tmp_path / "front.svg").read_text()
+
+
 def test_a_split_model_has_tails_of_its_own(run: Run) -> None:
     code, out, _ = run("nets_to_plan.py:parts", "--json")
     assert (code, list(json.loads(out)["cuts"])) == (0, ["stage 0", "stage 1"])
     code, out, _ = run("nets_to_plan.py:parts", "--cut", "1", "--json")
     assert (code, list(json.loads(out)["cuts"])) == (0, ["stage 1"])
     assert plan_network.tails("nets_to_plan.py:parts", (), None).model == "toy"
+
+
+def test_a_tail_in_which_tensors_meet(run: Run) -> None:
+    code, out, _ = run("nets_to_plan.py:meeting", "--json")
+    assert (code, list(json.loads(out)["cuts"])) == (0, ["stage 0"])
+    layers = plan_network.tails("nets_to_plan.py:meeting", (), "0").layers["stage 0"]
+    assert [layer.name for layer in layers] == ["conv", "act", "down+add+fc"]
 
 
 def test_one_tail_of_a_file(run: Run, tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from bench import networks
-from bench.random_networks import ACTIVATIONS, FAMILIES, LINEAR, random_network
+from bench.random_networks import ACTIVATIONS, FAMILIES, LINEAR, TWO_INPUTS, random_network
 from blindtail.he.backends import settle
 from blindtail.he.error_growth import _telling_rows, largest_error
-from blindtail.he.program import MapOp, Program
+from blindtail.he.operations import MapOp
+from blindtail.he.program import Program
 from blindtail.he.spec import TailSpec
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -53,7 +54,7 @@ def test_each_family_has_a_switch(family: str) -> None:
 
 
 def test_families_are_whole() -> None:
-    assert frozenset(LINEAR) | frozenset(ACTIVATIONS) == FAMILIES
+    assert frozenset(LINEAR) | frozenset(ACTIVATIONS) | {TWO_INPUTS} == FAMILIES
     with pytest.raises(ValueError, match="no families"):
         random_network(0, {"softmax"})
 

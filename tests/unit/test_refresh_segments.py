@@ -16,9 +16,10 @@ from blindtail.bundle import CloudBundle, EdgeBundle, open_program, save_program
 from blindtail.errors import BundleError, ModelError
 from blindtail.he.compatible import differences
 from blindtail.he.compiler import compile_tail
+from blindtail.he.dataflow import finish
 from blindtail.he.layers import Affine, Layer, Quadratic
 from blindtail.he.normal import normalised
-from blindtail.he.program import Program, finish
+from blindtail.he.program import Program
 from blindtail.he.schedule import KeysTooLarge
 from blindtail.he.segments import Run, chained, check_programs, compile_runs, divide, fewest, united
 from blindtail.he.spec import Segment, TailSpec

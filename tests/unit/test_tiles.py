@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bench.tails import Conv, folded
 from blindtail.errors import ModelError
-from blindtail.he.spec import GARBAGE, MOST_CIPHERTEXTS, ZERO
+from blindtail.he.layout import GARBAGE, MOST_CIPHERTEXTS, ZERO
 from blindtail.he.tiled import Placed, between
 from blindtail.he.tiles import Axis, TileShape
 
@@ -132,7 +132,7 @@ def test_an_interleaved_convolution_rotates_for_borders_alone() -> None:
     """The first layer of HeLayers' example: 28 x 28 images, 5 x 5 taps, tiles of 4 x 4 places."""
     conv = Conv(np.random.default_rng(0).normal(size=(1, 1, 5, 5)), np.zeros(1), 1, 28, 2)
     placed = Placed(TileShape.parse("[*/256, 28~/4, 28~/4]"), 1)
-    made = between(folded(conv).weight, placed, placed)
+    made = between([(folded(conv).weight, placed)], placed)
     tiles, taps = 49, 25
     assert (len(made.rows), made.products) == (tiles, tiles * taps)
     # Each tile's own place needs no rotation; all others would, were a neighbour's pixel elsewhere.
@@ -142,4 +142,4 @@ def test_an_interleaved_convolution_rotates_for_borders_alone() -> None:
     assert made.steps == ()
     # Not interleaved, neighbours are at other places of the same tile.
     plain = Placed(TileShape.parse("[*/256, 28/4, 28/4]"), 1)
-    assert len(between(folded(conv).weight, plain, plain).rotations(4096)) > 400
+    assert len(between([(folded(conv).weight, plain)], plain).rotations(4096)) > 400

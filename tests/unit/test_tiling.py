@@ -24,42 +24,15 @@ from blindtail.he.objective import METRICS, Objective
 from blindtail.he.operations import MapOp, grouped
 from blindtail.he.params import Parameters
 from blindtail.he.program import Program
-from blindtail.he.tiled import count
+from blindtail.he.tile_counts import count
+from blindtail.he.tile_shapes import Look, shapes
 from blindtail.he.tiled_compiler import compile_tiled, compile_tiling
 from blindtail.he.tiles import TileShape
-from blindtail.he.tiling import Tiling, choose, shapes
-from tests.tiled_cases import TILED, Tiled, program
+from blindtail.he.tiling import Tiling, choose
+from tests.tiled_cases import TILED, Tiled, program, random_affine, random_convolution
 
 FASTEST = Objective({"total_s": 1.0})
-COUNTED = ("rotations", "products", "transforms", "key_pairs", "limb_passes", "turns")
-
-
-def _affine(rng: np.random.Generator) -> Affine:
-    """Dense, with zeros now and then."""
-    n, m = (int(k) for k in rng.integers(2, 20, 2))
-    kept = rng.random((m, n)) < rng.choice([0.5, 1.0])
-    return Affine(rng.normal(size=(m, n)) * kept, rng.normal(size=m), shapes=((n,), (m,)))
-
-
-def _convolution(rng: np.random.Generator, seed: int) -> Affine:
-    """Any stride, padding, dilation and groups."""
-    torch.manual_seed(seed)
-    groups, size = int(rng.integers(1, 3)), int(rng.integers(1, 4))
-    inputs, outputs = (groups * int(k) for k in rng.integers(1, 3, 2))
-    layer = nn.Conv2d(
-        inputs,
-        outputs,
-        size,
-        stride=tuple(rng.integers(1, 3, 2).tolist()),
-        padding=int(rng.integers(0, size)),
-        dilation=int(rng.integers(1, 3)),
-        groups=groups,
-        dtype=torch.float64,
-    )
-    height, width = (int(k) for k in rng.integers(5, 8, 2))
-    (made,) = fold_tail(nn.Sequential(layer, nn.Flatten()), (inputs, height, width))
-    assert isinstance(made, Affine)
-    return made
+COUNTED = ("rotations", "products", "transforms", "key_pairs", "limb_passes", "turns", "copies")
 
 
 def _any(rng: np.random.Generator, found: list[TileShape]) -> TileShape:
@@ -70,10 +43,10 @@ def _any(rng: np.random.Generator, found: list[TileShape]) -> TileShape:
 @pytest.mark.parametrize("seed", range(36))
 def test_a_map_between_any_two_tile_tensors_is_the_layers(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    layer = _affine(rng) if seed % 3 == 0 else _convolution(rng, seed)
+    layer = random_affine(rng) if seed % 3 == 0 else random_convolution(rng, seed)
     assert layer.shapes is not None
     lanes = int(rng.choice([64, 128]))  # of 2048 slots: 32 or 16 positions
-    given, made = (_any(rng, shapes(image, 2048 // lanes, every=True)) for image in layer.shapes)
+    given, made = (_any(rng, shapes(image, Look("all", 2048 // lanes))) for image in layer.shapes)
     parameters, tail = Parameters.create(1, 4096), normalised([layer])
     tiling = choose(tail, parameters, FASTEST, lanes=lanes, only=[[given], [made]])
     x = rng.uniform(-1, 1, (lanes, layer.weight.shape[1]))
@@ -96,7 +69,9 @@ def _predicted(tiling: Tiling) -> list[int]:
     for made, split in zip(tiling.maps, tiling.splits, strict=True):
         turned = made.rotations(split.baby)
         tiles = len({tile for tile, _ in turned})
-        told = count(made, level, len(turned), tiles, made.giants(split.baby), split.folds)
+        told = count(
+            level, len(made.rows), made.products, len(turned), tiles, made.giants(split.baby), split.folds
+        )
         total += [getattr(told, name) for name in COUNTED]
         level -= 2  # and a square
     return [int(one) for one in total]
@@ -109,7 +84,7 @@ def test_maps_with_a_square_between(seed: int, halved: bool) -> None:
     lanes, widths = 256, (12, int(rng.integers(4, 9)), 5)  # of 4096 slots
     layers = random_layers(widths, seed, plain=False)
     sizes = [(12 // (1 + halved),), *((width,) for width in widths[1:])]
-    every = [[s for s in shapes(size, 16, every=True) if s.defined or not halved] for size in sizes]
+    every = [[s for s in shapes(size, Look("all", 16)) if s.defined or not halved] for size in sizes]
     tail, parameters = normalised(layers), Parameters.create(3, 8192)
     tiling = choose(tail, parameters, FASTEST, lanes=lanes, only=[[_any(rng, one)] for one in every])
     x = rng.uniform(-1, 1, (lanes, 12))
@@ -144,7 +119,7 @@ def test_the_search_finds_what_looking_at_all_finds(name: str, layers: list[Laye
     rng = np.random.default_rng(0)
     only = []
     for number, image in enumerate(known):
-        found = shapes(image, 4096 // lanes, every=True, last=number == 2)
+        found = shapes(image, Look("all", 4096 // lanes), last=number == 2)
         found = [found[i] for i in sorted(rng.permutation(len(found))[:6])]
         only.append(found)
     costs = []
@@ -159,9 +134,12 @@ def test_the_search_finds_what_looking_at_all_finds(name: str, layers: list[Laye
 
 def test_shapes_are_square_unless_others_are_fewer() -> None:
     """Of square images: 64 x 64 pixels are twice 2048 positions."""
-    assert [str(s) for s in shapes((1, 64, 64), 2048)][:2] == ["[1, 64/64, 64~/32]", "[1, 64~/32, 64/64]"]
-    assert str(shapes((1, 64, 64), 4096)[0]) == "[1, 64/64, 64/64]"
-    assert all(s.axes[-1].tile == s.axes[-2].tile for s in shapes((64, 8, 8), 2048))
+    assert [str(s) for s in shapes((1, 64, 64), Look("some", 2048))][:2] == [
+        "[1, 64/64, 64~/32]",
+        "[1, 64~/32, 64/64]",
+    ]
+    assert str(shapes((1, 64, 64), Look("some", 4096))[0]) == "[1, 64/64, 64/64]"
+    assert all(s.axes[-1].tile == s.axes[-2].tile for s in shapes((64, 8, 8), Look("some", 2048)))
 
 
 def test_half_of_an_activation_rides_as_imaginary_parts() -> None:

@@ -256,6 +256,20 @@ def test_a_renamed_program_takes_and_gives_its_own_order() -> None:
         renamed(inside, np.zeros(64, np.int64), elements[-1])
 
 
+def test_a_program_over_several_ciphertexts_is_renamed_alike() -> None:
+    torch.manual_seed(3)
+    tail, shape = nn.Sequential(nn.Linear(784, 32), Square(), nn.Linear(32, 10)), (784,)
+    layers, chain = fold_tail(tail, shape), chain_of(tail, shape)
+    elements, x = chain.elements(chain.shuffled(5)), values(shape)
+    inside = compile_tail(ordered(layers, elements), x[:, elements[0]], lanes=16)
+    assert inside.spec.input_ciphertexts == 2
+    program = renamed(inside, elements[0], elements[-1])
+    wanted = normalised(layers)(x[:16])
+    assert np.abs(ClearEvaluator(program).logits(x[:16]) - wanted).max() < 1e-5
+    assert counted(program) == counted(inside)
+    assert Program.from_parts(*program.to_parts()).spec == program.spec
+
+
 # Masks, the pipeline, and programs
 
 

@@ -13,31 +13,33 @@ from hypothesis import strategies as st
 from blindtail.errors import ContainerError
 from blindtail.pb import control_pb2 as pb
 from blindtail.wire.control import (
-    CHANGE_BYTES,
     DOWN_BYTES,
     MOST_ITEMS,
     UP_BYTES,
     CellLoad,
-    FleetPeer,
     Hello,
     PeerKind,
     PolicyAck,
-    PolicyChange,
-    PolicyEntry,
-    PolicyQuery,
-    PolicyState,
     PolicyUpdate,
     Report,
     StepTiming,
     Welcome,
     decode_down,
-    decode_entries,
-    decode_fleet,
     decode_up,
     encode_down,
+    encode_up,
+)
+from blindtail.wire.policies import (
+    CHANGE_BYTES,
+    FleetPeer,
+    PolicyChange,
+    PolicyEntry,
+    PolicyQuery,
+    PolicyState,
+    decode_entries,
+    decode_fleet,
     encode_entries,
     encode_fleet,
-    encode_up,
 )
 
 INSTANCE = bytes(range(16))

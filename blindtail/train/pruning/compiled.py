@@ -15,13 +15,15 @@ import numpy as np
 from blindtail.errors import ModelError
 from blindtail.he import plan, schedule
 from blindtail.he.compiler import compile_plan, compile_tail
+from blindtail.he.dataflow import finish
 from blindtail.he.elementwise import Op
 from blindtail.he.layers import Affine, FloatArray, Layer, Polynomial
+from blindtail.he.layout import Layout
 from blindtail.he.objective import NoPlan, Objective
-from blindtail.he.operations import MapOp
+from blindtail.he.operations import MapOp, Term
 from blindtail.he.plan import Plan
-from blindtail.he.program import Program, finish
-from blindtail.he.spec import Layout
+from blindtail.he.program import Program
+from blindtail.he.sparse import Sparse, Weight
 from blindtail.train.pruning.groups import IntArray
 
 
@@ -61,33 +63,63 @@ def renamed(program: Program, before: IntArray, after: IntArray) -> Program:
     """The program that takes element `before[i]` where this one takes i, and gives `after[i]` for its i.
 
     Layouts and the names of rows and columns change, and no operation. Raises `ModelError`
-    when these are no orders.
+    when these are no orders, or when an operation other than a map reads the input.
     """
-    ops: list[Op] = list(program.ops)
-    first, last = ops[0], ops[-1]
-    assert isinstance(first, MapOp)
-    assert isinstance(last, MapOp)
-    for order, width in ((before, first.weight.shape[1]), (after, last.weight.shape[0])):
-        if not np.array_equal(np.sort(order), np.arange(width)):
-            raise ModelError("an order names each element once")
-    inverse = np.argsort(before)
-    ops[0] = replace(
-        first, weight=np.asarray(first.weight)[:, inverse], in_layout=_renamed(first.in_layout, before)
-    )
-    last = ops[-1]
-    assert isinstance(last, MapOp)
-    inverse = np.argsort(after)
-    ops[-1] = replace(
-        last,
-        weight=np.asarray(last.weight)[inverse],
-        bias=last.bias[inverse],
-        rows=_names(last.rows, after).astype(np.int32),
-        out_layout=_renamed(last.out_layout, after),
-    )
-    layout = _renamed(first.in_layout, before)
+    made = list[Op]()
+    for index, op in enumerate(program.ops):
+        # Values are the inputs, then one of each operation; the last operations are the result.
+        reads = [back > index for back in op.backs]
+        if isinstance(op, MapOp):
+            terms = [
+                _with_inputs(term, before) if reading else term
+                for term, reading in zip(op.terms, reads, strict=True)
+            ]
+            first = terms[0]
+            op = replace(op, weight=first.weight, in_layout=first.in_layout, others=tuple(terms[1:]))
+            made.append(_with_results(op, after) if index in program.results else op)
+        elif any(reads):
+            raise ModelError(f"{op.name}: reads the input, whose order only a map can take up")
+        else:
+            made.append(op)
+    layout = _renamed(program.spec.input_layout, before)
     draft = replace(program.spec, input_layout=layout, keys=(), program_id="0" * 64)
-    made = tuple(ops)
-    return Program(finish(made, draft), made)
+    return Program(finish(tuple(made), draft), tuple(made))
+
+
+def _with_inputs(term: Term, order: IntArray) -> Term:
+    """A map's operand with the elements of its columns renamed."""
+    _check(order, term.weight.shape[1])
+    weight = term.weight
+    if isinstance(weight, Sparse):
+        renamed = Sparse.unordered(weight.shape, weight.rows, order[weight.columns], weight.values)
+        return replace(term, weight=renamed, in_layout=_renamed(term.in_layout, order))
+    return replace(term, weight=weight[:, np.argsort(order)], in_layout=_renamed(term.in_layout, order))
+
+
+def _with_results(op: MapOp, order: IntArray) -> MapOp:
+    """A map that gives a part of the result, with the elements of its rows renamed."""
+    _check(order, len(op.bias))
+    inverse = np.argsort(order)
+    terms = [replace(term, weight=_rows(term.weight, order)) for term in op.terms]
+    return replace(
+        op,
+        weight=terms[0].weight,
+        others=tuple(terms[1:]),
+        bias=op.bias[inverse],
+        rows=_names(op.rows, order).astype(np.int32),
+        out_layout=_renamed(op.out_layout, order),
+    )
+
+
+def _rows(weight: Weight, order: IntArray) -> Weight:
+    if isinstance(weight, Sparse):
+        return Sparse.unordered(weight.shape, order[weight.rows], weight.columns, weight.values)
+    return weight[np.argsort(order)]
+
+
+def _check(order: IntArray, width: int) -> None:
+    if not np.array_equal(np.sort(order), np.arange(width)):
+        raise ModelError("an order names each element once")
 
 
 def _renamed(layout: Layout, order: IntArray) -> Layout:

@@ -116,12 +116,12 @@ def prune_tails(
     when a tail cannot be compiled or pruned.
     """
     shapes = {cut: model.stage_infos[cut].output_shape for cut in model.cuts}
-    chains = {cut: chain_of(model.tails[str(cut)], shapes[cut]) for cut in model.cuts}
+    chains = {cut: chain_of(model.tail(cut), shapes[cut]) for cut in model.cuts}
     _check_names(policy, chains.values())
     held: list[Masks] = []
     found, before, arranged = {}, {}, {}
     for cut, chain in chains.items():
-        layers = fold_tail(model.tails[str(cut)], shapes[cut])
+        layers = fold_tail(model.tail(cut), shapes[cut])
         values = activations(model, calibration_images, cut)
         before[cut] = counted(compile_tail(layers, values, lanes=lanes, objective=objective))
         made, groups = None, [tiles(layer.shape, policy.tile) for layer in chain.layers]
@@ -145,7 +145,7 @@ def prune_tails(
 def check_layers(model: SplitModel, policy: Policy) -> None:
     """Raises `ConfigError` when the policy names a layer that no tail of this network has."""
     shapes = {cut: model.stage_infos[cut].output_shape for cut in model.cuts}
-    _check_names(policy, [chain_of(model.tails[str(cut)], shapes[cut]) for cut in model.cuts])
+    _check_names(policy, [chain_of(model.tail(cut), shapes[cut]) for cut in model.cuts])
 
 
 def _check_names(policy: Policy, chains: Iterable[Chain]) -> None:
@@ -175,7 +175,7 @@ def restored(
         for text, entry in json.loads(note).items():
             cut = int(text)
             shape = model.stage_infos[cut].output_shape
-            chain = chain_of(model.tails[text], shape)
+            chain = chain_of(model.tail(cut), shape)
             orders = tuple(np.asarray(order, np.int64) for order in entry["elements"])
             widths = [
                 np.array_equal(np.sort(o), np.arange(w)) for o, w in zip(orders, chain.widths, strict=True)
@@ -185,7 +185,7 @@ def restored(
             held = int(entry["lanes"])
             if held < 1 or held & (held - 1):
                 raise ValueError("lanes are no power of two")
-            full = chain.filled(fold_tail(model.tails[text], shape))
+            full = chain.filled(fold_tail(model.tail(cut), shape))
             made = plan_for(full, lanes=held, objective=objective)
             found[cut] = Arranged(made, orders, held, objective).compile
     except (ModelError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
