@@ -22,9 +22,10 @@ from typing import Any
 from bench.rows import Row, row
 from blindtail.bundle import EdgeBundle
 from blindtail.models.zoo import bundle_paths
+from blindtail.ports import free_port
 from blindtail.records import Answer
 from edge.images import read_set
-from edge.processes import Child, free_port
+from edge.processes import Child
 from edge.runtime import EdgeRuntime
 
 #: Three processes share the machine.

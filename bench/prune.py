@@ -37,6 +37,7 @@ from blindtail.he.program import Program
 from blindtail.he.secret import SecretKey
 from blindtail.models.data import load
 from blindtail.models.layers import Square
+from blindtail.progress import Span
 from blindtail.train.fit import bounded
 from blindtail.train.pruning import Arranged, Chain, Masks, Policy, Pruned, chain_of, prune
 from blindtail.train.pruning.compiled import counted
@@ -159,7 +160,7 @@ def pruned(trainer: Trainer, found: Found, name: str, policy: Policy, seed: int,
     net = copy.deepcopy(found.plain)
     turn = itertools.count(1)
 
-    def retrain(masks: Masks) -> None:
+    def retrain(masks: Masks, _: Span) -> None:
         trainer.fit(net, seed + 1000 * next(turn), masks)
 
     with bounded(1, seed):
@@ -327,7 +328,7 @@ def _predicted() -> Iterator[Row]:
         layers, chain = fold_tail(net, shape), chain_of(net, shape)
         before = counted(compile_tail(layers, x, lanes=lanes))
         made, groups = by_diagonals(chain, layers, x, lanes, None)
-        found = prune(chain, groups, Policy(rounds=1, iterations=2), Masks.apply)
+        found = prune(chain, groups, Policy(rounds=1, iterations=2), lambda masks, _: masks.apply())
         after = counted(Arranged(made, found.elements, lanes).compile(fold_tail(net, shape), x))
         yield row(
             f"{'-'.join(map(str, widths))}, {_lanes(lanes)}, 0.9: predicted seconds over unpruned",

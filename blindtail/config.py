@@ -54,7 +54,7 @@ def load_config(cls: type[T], path: Path | None, overrides: Mapping[str, Any] | 
     for name, value in (overrides or {}).items():
         if value is not None:
             _put(table, name, value)
-    return _build(cls, table, where="", source=source)
+    return build(cls, table, where="", source=source)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -108,7 +108,14 @@ def _rebase_value(hint: Any, value: Any, folder: Path) -> Any:
     return value
 
 
-def _build(cls: type[T], table: Mapping[str, Any], where: str, source: str) -> T:
+def build(cls: type[T], table: Mapping[str, Any], where: str, source: str) -> T:
+    """`cls` from a table's values.
+
+    where   what its settings' names begin with in messages, dots included
+    source  of the table: a file's name
+
+    Raises `ConfigError` as `load_config` does.
+    """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for name in table:
@@ -199,7 +206,7 @@ def _try(hint: Any, value: Any, name: str, source: str) -> tuple[bool, Any]:
         if isinstance(value, hint):
             return True, value
         if isinstance(value, Mapping):
-            return True, _build(hint, value, f"{name}.", source)
+            return True, build(hint, value, f"{name}.", source)
         return False, None
     if issubclass(hint, enum.Enum):
         if isinstance(value, hint):
@@ -288,4 +295,4 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-__all__ = ["assignments", "load_config"]
+__all__ = ["assignments", "build", "load_config", "read_toml", "unknown_setting"]

@@ -76,7 +76,8 @@ def plan_command(
     no other beats everywhere. Where a value does not fit one ciphertext of the smallest ring, a few
     that cut it into several are among them (N "4,096x3"). `compile_tail` and `pack` take the same
     objective. Without one they choose the least total_s as well, but within a budget of keys (30 MB
-    at N = 8192).
+    at N = 8192), and count 80 ns for a byte of uplink where values could lie over several ciphertexts.
+    There, --at-most also takes error and disagreement, which need calibration data and stand aside here.
 
     Of a network, trained or not, the tail after --cut is planned as its layers' sizes and zeros make
     it, and with the rewrites that `blindtail lint` advises where it needs some. THE FILE'S CODE IS

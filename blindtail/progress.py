@@ -79,6 +79,10 @@ class Span:
             at += weight
         return found
 
+    def named(self, name: str) -> Span:
+        """This part, with `name` said before what it does."""
+        return self.parts(1, name=name)[0]
+
     def over(self, things: Sequence[T], name: str = "") -> Iterator[tuple[T, Span]]:
         """Each of some things with a part of this span, all as large."""
         parts = self.parts(*[1.0] * len(things), name=name) if things else []

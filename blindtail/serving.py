@@ -26,6 +26,7 @@ from blindtail._process import TLS_13_ONLY
 from blindtail.errors import AccessDenied, BlindtailError, ConfigError
 from blindtail.identity import LOOPBACK, Identity, from_certificate
 from blindtail.metrics import expiry
+from blindtail.ports import free_port
 from blindtail.rpc import is_loopback, to_status
 from blindtail.tls import ServerTls, TlsFiles, check_private
 
@@ -223,17 +224,19 @@ class GrpcServer:
 
 
 def probe_port(host: str, port: int) -> int:
-    """The port to use: `port`, or a free one for 0. Raises `ConfigError` when it cannot be bound.
+    """The port to use: `port`, or for 0 one of `free_port`. Raises `ConfigError` when it cannot be bound.
 
     Binds and lets go, since gRPC would log a stack trace for what is a plain mistake.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bind_to = "127.0.0.1" if host == "localhost" else host
     try:
+        if port == 0:
+            return free_port(bind_to)
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((bind_to, port))
-            return int(probe.getsockname()[1])
+            return port
     except PermissionError as error:
         raise ConfigError(f"port {port} may not be used by this user: choose one above 1023") from error
     except OSError as error:

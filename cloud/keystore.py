@@ -2,8 +2,9 @@
 
 A key set is named by a hash over (identity, program, SHA-256 of the container):
 nobody reaches another's keys, not even by knowing their hash. Where the files lie
-is `cloud.keyfolder`'s business; beside the prepared keys the container stays, so
-that another cell can be given it.
+is `cloud.keyfolder`'s business, bytes that have not all arrived are
+`cloud.partials`'s; beside the prepared keys the container stays, so that another
+cell can be given it.
 
 Everything here runs on the gateway's loop, except file writes and checks, which
 run on threads; a check itself is a child process. Files survive restarts. The
@@ -14,31 +15,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from blindtail.errors import (
-    BlindtailError,
-    ContainerError,
-    KeysMissing,
-    Overloaded,
-    TailUnavailable,
-)
+from blindtail.errors import BlindtailError, ContainerError, KeysMissing
 from blindtail.wire import KeyState, KeyStatus
 from cloud import keycheck
 from cloud.config import KeyLimits
-from cloud.keyfolder import KeyFolder, write_at
+from cloud.keyfolder import KeyFolder
+from cloud.partials import Partials
 from cloud.registry import Entry, Registry
 
 _log = logging.getLogger(__name__)
 #: For how long the reason of a refusal is remembered.
 _REFUSAL_S = 300.0
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Check = Callable[[keycheck.Order, float], int]
 
@@ -49,16 +43,6 @@ class _Ready:
     used_s: float
     pins: int = 0
     dropped: bool = False  # with its program; goes when the last pin does
-
-
-@dataclass
-class _Partial:
-    identity: str
-    received: int
-    moved_s: float
-    writer: object = None  # the upload that may write; a later one takes over
-    checking: bool = False
-    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class KeyStore:
@@ -80,7 +64,6 @@ class KeyStore:
         self._limits, self._clock, self._check = limits, clock, check
         self._backend, self._registry = backend, registry
         self._ready: dict[str, _Ready] = {}
-        self._partials: dict[str, _Partial] = {}
         self._refused: dict[str, tuple[str, float]] = {}
         self._awaited: set[str] = set()  # asked of other cells
         self._tasks: set[asyncio.Task[None]] = set()
@@ -89,6 +72,7 @@ class KeyStore:
         #: Called with the name of keys that have gone.
         self.on_removed: Callable[[str], None] = lambda name: None
         self._folder = KeyFolder(root, backend, registry.entries)
+        self._partials = Partials(self._folder, limits, clock)
         self._known = {entry.program_id for entry in registry.entries}
         self._checkers = ThreadPoolExecutor(1, thread_name_prefix="key-check")
         try:
@@ -108,9 +92,7 @@ class KeyStore:
         """A program is served no more: its keys go, those in use when the last request is done."""
         self._known.discard(program_id)
         self._folder.drop_program(program_id)
-        for name in [n for n in self._partials if self._folder.is_of(n, program_id)]:
-            if not self._partials[name].checking:  # else its check drops it
-                self._drop_partial(name)
+        self._partials.drop_program(program_id)
         for name in [n for n in self._ready if self._folder.is_of(n, program_id)]:
             entry = self._ready[name]
             if entry.pins:
@@ -243,7 +225,7 @@ class KeyStore:
         settled = self._held(name).state if from_cell else status.state
         if settled in (KeyState.READY, KeyState.CHECKING):
             return status
-        partial = self._open_partial(name, identity)
+        partial = self._partials.open(name, identity)
         if offset != partial.received:
             raise ContainerError(
                 f"the upload starts at byte {offset}, but {partial.received} bytes are here: ask for the "
@@ -252,7 +234,7 @@ class KeyStore:
         writer = partial.writer = object()
         self._refused.pop(name, None)
         async for piece in pieces:
-            await self._append(name, partial, writer, piece, total_bytes)
+            await self._partials.append(name, partial, writer, piece, total_bytes)
         if partial.received == total_bytes and partial.writer is writer:
             partial.checking = True
             owner = None if from_cell else identity
@@ -271,9 +253,7 @@ class KeyStore:
         has encoded of a program that was dropped meanwhile."""
         now = self._clock()
         self._folder.tidy(self._known)
-        for name, partial in list(self._partials.items()):
-            if not partial.checking and now - partial.moved_s > self._limits.partial_idle_s:
-                self._drop_partial(name)
+        self._partials.sweep()
         for name, (_, since_s) in list(self._refused.items()):
             if now - since_s > _REFUSAL_S:
                 del self._refused[name]
@@ -291,46 +271,7 @@ class KeyStore:
         self._checkers.shutdown(wait=False, cancel_futures=True)
         self._folder.release()
 
-    # -- uploads -----------------------------------------------------------------
-
-    def _open_partial(self, name: str, identity: str) -> _Partial:
-        partial = self._partials.get(name)
-        if partial is None:
-            own = [n for n, p in self._partials.items() if p.identity == identity and not p.checking]
-            if len(own) >= self._limits.partial_per_identity:
-                self._drop_partial(min(own, key=lambda n: self._partials[n].moved_s))
-            partial = self._partials[name] = _Partial(identity, 0, self._clock())
-        partial.identity = identity  # unknown after a restart
-        return partial
-
-    async def _append(
-        self, name: str, partial: _Partial, writer: object, piece: bytes, total_bytes: int
-    ) -> None:
-        async with partial.writing:
-            if partial.writer is not writer or self._partials.get(name) is not partial:
-                raise TailUnavailable("a later upload of the same keys took over")
-            if partial.received + len(piece) > total_bytes:
-                self._drop_partial(name)
-                raise ContainerError(f"more than the announced {total_bytes} bytes of keys were sent")
-            if not piece:
-                return
-            try:
-                await asyncio.to_thread(write_at, self._folder.partial(name), partial.received, piece)
-            except OSError as error:
-                self._drop_partial(name)
-                raise self._no_room(error) from error
-            partial.received += len(piece)
-            partial.moved_s = self._clock()
-
-    def _no_room(self, error: OSError) -> BlindtailError:
-        _log.error("the key store cannot write: %s", error.strerror)
-        if error.errno in _FULL:
-            return Overloaded("the cloud's key store has no room left on its disk: try again later", 30.0)
-        return Overloaded("the cloud's key store cannot be written: its operator must look", 30.0)
-
-    def _drop_partial(self, name: str) -> None:
-        self._partials.pop(name, None)
-        self._folder.drop_partial(name)
+    # -- the check -----------------------------------------------------------------
 
     async def _verify(self, name: str, program_id: str, sha256: bytes, owner: str | None) -> None:
         order = keycheck.Order(
@@ -367,7 +308,7 @@ class KeyStore:
             if owner is not None:
                 self.on_ready(owner, program_id, sha256)
         finally:
-            self._drop_partial(name)
+            self._partials.drop(name)
 
     # -- the budget ----------------------------------------------------------------
 
@@ -393,9 +334,7 @@ class KeyStore:
         found = self._folder.scan()
         for index, (name, size) in enumerate(found.ready.items()):
             self._ready[name] = _Ready(size, now - 1e-3 * (len(found.ready) - index))
-        for name, received in found.partial.items():
-            # Its owner is not in the name; bytes are kept for whoever can name them.
-            self._partials[name] = _Partial("", received, now)
+        self._partials.take_over(found.partial)
         self._evict()
 
 

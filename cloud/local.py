@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry
 from blindtail.bundle import CloudBundle
 from blindtail.errors import StateError
 from blindtail.metrics import CloudMetrics
+from blindtail.serving import probe_port
 from blindtail.wire.cell import DrainStatus
 from cloud.config import Backend, CloudConfig
 from cloud.control import CellControl
@@ -39,6 +40,7 @@ class LocalCell:
     """A context manager; also `start` and `stop`, any number of times: keys survive.
 
     models     paths of `cloud.bt` files, or opened bundles; none: models are pushed
+    port       0: a free one, the same after `stop` and `start`
     config     further settings; models, backend, state_dir and evaluators given here win
     pool_of    another kind of evaluators (tests)
     """
@@ -175,7 +177,8 @@ class LocalCell:
         return LocalPool(registry.programs, c.backend, c.evaluators, c.loaded_keys_bytes, c.threads, weights)
 
     async def _start(self) -> None:
-        config = replace(self.config, port=self.port)
+        # A port that it finds again when it has been stopped.
+        config = replace(self.config, port=self.port or probe_port(self.config.host, 0))
         gateway = Gateway(config, self._bundles, self._pool_of, self.metrics)
         server = TailServer(gateway)
         try:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from blindtail.errors import BlindtailError, ConfigError, DataError
 from blindtail.link import ShapedLink
 from blindtail.machine import machine, versions
+from blindtail.ports import free_port
 from edge.demo_events import Events, Operator
 from edge.demo_plots import plots
 from edge.demo_report import Answered, build_report, demo_page, phases, reference, targets
@@ -34,7 +35,7 @@ from edge.demo_stage import (
     usual,
 )
 from edge.pages import write_reports
-from edge.processes import Child, ChildFailed, free_port
+from edge.processes import Child, ChildFailed
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

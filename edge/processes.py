@@ -12,7 +12,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -153,14 +152,6 @@ class Child:
         self.stop()
 
 
-def free_port() -> int:
-    """A TCP port on loopback that is free now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
-
-
 def _stat(pid: int) -> list[str] | None:
     """Fields of /proc/PID/stat after the name (state, parent, ...)."""
     try:
@@ -209,4 +200,4 @@ def _descendants(root: int) -> set[tuple[int, str]]:
     return found
 
 
-__all__ = ["Child", "ChildFailed", "free_port"]
+__all__ = ["Child", "ChildFailed"]

@@ -16,7 +16,6 @@ has moved stays there: there is no way back but by trouble.
 from __future__ import annotations
 
 import logging
-import os
 import random
 import threading
 import time
@@ -38,8 +37,8 @@ from blindtail.errors import (
 )
 from blindtail.he.spec import TailSpec
 from blindtail.records import TailReply, TailTimings
-from blindtail.wire import REQUEST_ID_BYTES
 from edge.activity import Activity
+from edge.attempts import PING_S, Attempts
 from edge.backoff import BackOff
 from edge.board import Board
 from edge.cells import Cells, Place
@@ -54,10 +53,6 @@ _log = logging.getLogger(__name__)
 
 #: Random wait before a lost session is registered again: a restarted cell meets its edges one by one.
 REJOIN_S = 0.5
-#: This many replies in a row that came too late, and the thread asks whether the cloud is there;
-#: it waits this long for the reply, and asks no more often than that.
-LATE_IN_A_ROW = 3
-PING_S = 2.0
 #: How often an edge that a draining cell sends away looks for another one.
 MOVE_S = 2.0
 #: A cell lost sooner than this after it was reached is not replaced without a wait.
@@ -89,7 +84,6 @@ class RemoteTail:
         """tickets: most to hold, made while `activity` is quiet. following: later segments of a refreshed
         tail, for the same session and keys."""
         self._spec, self._cells, self._clock = spec, cells, clock
-        self._programs = ("", *(later.program_id for later in following))
         self._joiner = Joiner(
             spec,
             files,
@@ -97,7 +91,7 @@ class RemoteTail:
             backend=backend,
             clock=clock,
             load_cipher=load_cipher,
-            evaluate=lambda place, container, s, segment: self._evaluate(
+            evaluate=lambda place, container, s, segment: self._attempts.evaluate(
                 place, container, clock() + s, segment
             ),
             following=following,
@@ -107,6 +101,8 @@ class RemoteTail:
         )
         self._random = random.Random(seed)
         self._back_off = BackOff(self._random)
+        programs = ("", *(later.program_id for later in following))
+        self._attempts = Attempts(programs, clock, self._random, self._note, self._replied)
         self._book = TicketBook(tickets, activity or Activity(clock), clock=clock, on_trouble=self._note)
         self._board = Board(spec, clock)
         self._changed = self._board.changed  # also the lock under which places are changed
@@ -114,10 +110,7 @@ class RemoteTail:
         self._candidate: str | None = None  # the last one that was READY
         self._settled_s = 0.0
         self._trouble: TailError | None = None
-        self._held_until_s = 0.0  # after Overloaded
-        self._late = 0
-        self._typical_s = 0.0  # smoothed round trip
-        self._next_ping_s = self._next_move_s = 0.0
+        self._next_move_s = 0.0
         self._wake = threading.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="tail-session", daemon=True)
@@ -138,7 +131,7 @@ class RemoteTail:
 
     @property
     def ready(self) -> bool:
-        return self._board.is_ready and self._clock() >= self._held_until_s
+        return self._board.is_ready and self._attempts.welcome
 
     @property
     def tickets(self) -> int:
@@ -164,7 +157,7 @@ class RemoteTail:
                 raise TailUnavailable("the tail is not ready")
             place.hold()
         try:
-            return self._evaluate(place, container, end_s, segment)
+            return self._attempts.evaluate(place, container, end_s, segment)
         except TailUnavailable:
             moved = self._elsewhere(place, end_s)
             if moved is None:
@@ -172,13 +165,13 @@ class RemoteTail:
         finally:
             place.release()
         try:
-            return self._evaluate(moved, container, end_s, segment)
+            return self._attempts.evaluate(moved, container, end_s, segment)
         finally:
             moved.release()
 
     def _elsewhere(self, gone: Place, end_s: float) -> Place | None:
         """Where requests go now, held; None when there is no other cell, or no time for it."""
-        wait_s = min(ELSEWHERE_S, end_s - self._clock() - self._typical_s)
+        wait_s = min(ELSEWHERE_S, end_s - self._clock() - self._attempts.typical_s)
         if len(self._cells) < 2 or wait_s <= 0:
             return None
         with self._changed:
@@ -192,29 +185,10 @@ class RemoteTail:
     def _moved_from(self, gone: Place) -> bool:
         return self._place not in (None, gone) and self._board.is_ready
 
-    def _evaluate(self, place: Place, container: bytes, end_s: float, segment: int = 0) -> TailReply:
-        session, request_id = place.session, os.urandom(REQUEST_ID_BYTES)
-        assert session is not None
-        for attempt in (0, 1):
-            try:
-                left_s = end_s - self._clock()
-                program = self._programs[segment]
-                reply = place.client.evaluate(session, request_id, attempt, container, left_s, program)
-            except (TailUnavailable, EvaluationFailed) as error:
-                if attempt or end_s - self._clock() <= self._typical_s:
-                    self._note(place, error)
-                    raise
-            except TailError as error:
-                self._note(place, error)
-                raise
-            else:
-                self._late = 0
-                self._typical_s += 0.2 * (reply.round_trip_s - self._typical_s)
-                place.draining = reply.timings.draining
-                if place.draining and self._clock() >= self._next_move_s:
-                    self._wake.set()
-                return reply
-        raise AssertionError("unreachable")
+    def _replied(self, place: Place, reply: TailReply) -> None:
+        place.draining = reply.timings.draining
+        if place.draining and self._clock() >= self._next_move_s:
+            self._wake.set()
 
     def close(self) -> None:
         with self._changed:
@@ -238,13 +212,11 @@ class RemoteTail:
         if place is not self._place:
             return  # about a session that has been left, or is not in use yet
         if isinstance(error, Overloaded):
-            wait_s = min(error.retry_after_s, 30.0) * self._random.uniform(1.0, 1.5)
-            self._held_until_s = self._clock() + wait_s
+            self._attempts.hold(error)
             return
         if isinstance(error, DeadlineExceeded):
             # Too little time, a slow cloud, or a silent link? The thread asks; offloads go on.
-            self._late += 1
-            if self._late >= LATE_IN_A_ROW:
+            if self._attempts.late():
                 self._wake.set()
             return
         with self._changed:
@@ -339,7 +311,8 @@ class RemoteTail:
         with self._changed:
             old, self._place = self._place, place
             self._candidate, self._settled_s = place.candidate, self._clock()
-            self._trouble, self._late = None, 0
+            self._trouble = None
+            self._attempts.punctual()
             if self._joiner.cipher is not None:
                 self._book.begin(place, self._joiner.cipher)
             registrations = self._board.status.registrations + 1
@@ -386,15 +359,14 @@ class RemoteTail:
 
     def _ping(self, place: Place) -> None:
         """After replies that came too late: notes `TailUnavailable` when the cloud is not there."""
-        if self._late < LATE_IN_A_ROW or self._clock() < self._next_ping_s:
+        if not self._attempts.ask():
             return
-        self._next_ping_s = self._clock() + PING_S
         try:
             place.client.key_status(self._joiner.keys(self._board.set).sha256, PING_S)
         except TailError as error:
             self._note(place, TailUnavailable(f"the cloud has gone silent ({error})"))
             return
-        self._late = 0
+        self._attempts.punctual()
 
 
 def _quietly(state: TailState, problem: str = "", *, sent_bytes: int = 0) -> None:

@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 from blindtail.errors import StateError
 from blindtail.metrics import OrchestratorMetrics
 from blindtail.rpc import INSECURE_LOOPBACK, Credentials
+from blindtail.serving import probe_port
 from orchestrator.app import running
 from orchestrator.config import OrchestratorConfig
 from orchestrator.policies_client import PoliciesClient
@@ -109,7 +110,8 @@ class LocalOrchestrator:
 
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        config = replace(self.config, port=self.port)
+        # A port that it finds again when it has been stopped.
+        config = replace(self.config, port=self.port or probe_port(self.config.host, 0))
         async with running(config, self.metrics) as (_, self.port):
             self._ready.set()
             await self._stop.wait()

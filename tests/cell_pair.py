@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from blindtail.bundle import CloudBundle
-from blindtail.serving import probe_port
+from blindtail.ports import free_port
 from cloud.config import CloudConfig
 from cloud.local import LocalCell
 
@@ -24,7 +23,7 @@ def cell_pair(
     **settings: Any,
 ) -> Iterator[tuple[LocalCell, LocalCell]]:
     """Cells "a" and "b", peers of each other. `settings` are those of both, `b` those of b alone."""
-    ports = {name: probe_port("127.0.0.1", 0) for name in "ab"}
+    ports = {name: free_port() for name in "ab"}
     made = []
     with ExitStack() as stack:
         for name, other in ("ab", "ba"):
@@ -53,10 +52,3 @@ def transfers(cell: LocalCell, direction: str, outcome: str = "ok") -> float:
     labels = {"direction": direction, "outcome": outcome}
     value = cell.metrics.registry.get_sample_value("blindtail_cloud_key_transfers_total", labels)
     return value or 0.0
-
-
-def until(condition: Callable[[], Any], timeout_s: float = 30.0) -> None:
-    end_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end_s, "it never happened"
-        time.sleep(0.01)

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from blindtail.bundle import CloudBundle
 from blindtail.rpc import INSECURE_LOOPBACK, TailStub, secure_channel
+from tests.clock import until
 from tests.cloud_cases import Client, bundle
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,13 +85,8 @@ def launch(folder: Path, *flags: str, model: CloudBundle | None = None, empty: b
 
 
 def wait_for(condition: Callable[[], Any], text: str, limit_s: float = 60) -> Any:
-    deadline_s = time.monotonic() + limit_s
-    while True:
-        found = condition()
-        if found:
-            return found
-        assert time.monotonic() < deadline_s, text
-        time.sleep(0.05)
+    """`until`, for what other processes do."""
+    return until(condition, text, limit_s, every_s=0.05)
 
 
 def until_ready(running: Running) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from blindtail.errors import BlindtailError, SessionLost, TailUnavailable
@@ -16,13 +15,13 @@ from edge import backoff
 from edge import session as session_module
 from edge.cells import Cells
 from edge.keyfiles import KeyFiles
-from edge.keys import Report
 from edge.session import RemoteTail
 from edge.tail import TailState
-from tests.edge_fakes import FEATURES, PlainCipher, reply, spec_of, until
+from tests.clock import until
+from tests.edge_fakes import PlainCipher, reply, spec_of
+from tests.session_cases import ACTIVATION, FakeWorker
 
 A, B, C = "127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"
-ACTIVATION = PlainCipher().encrypt(np.zeros(FEATURES))
 
 
 class World:
@@ -48,6 +47,9 @@ class World:
         self.dialled.append(address)
         self.clients.append(FakeClient(self, address))
         return self.clients[-1]
+
+    def take_keys(self, address: str) -> None:
+        self.keys[address] = KeyState.READY
 
 
 class FakeClient:
@@ -106,30 +108,11 @@ class FakeClient:
         self.closed = True
 
 
-class FakeWorker:
-    def __init__(self, files: KeyFiles, world: World) -> None:
-        self.files, self.world = files, world
-        self.uploads: list[str] = []
-
-    def run(self, address: str | None, report: Report) -> None:
-        if self.files.find() is None:
-            self.files.secret.write_bytes(b"s" * 8)
-            self.files.evaluation.write_bytes(b"e" * 8)
-            self.files.complete()
-        if address is not None:
-            report({"event": "uploading", "sent": 3, "total": 9})
-            self.uploads.append(address)
-            self.world.keys[address] = KeyState.READY
-
-    def close(self) -> None:
-        pass
-
-
 class Rig:
     def __init__(self, folder: Path) -> None:
         self.world, self.folder = World(), folder
         self.files = KeyFiles(folder, spec_of())
-        self.worker = FakeWorker(self.files, self.world)
+        self.worker = FakeWorker(self.files, self.world.take_keys)
         self.states: list[TailState] = []
         self.tail: RemoteTail | None = None
 
@@ -150,7 +133,7 @@ class Rig:
     def fails(self) -> None:
         """A request with no time for another cell meets the trouble."""
         assert self.tail is not None
-        self.tail._typical_s = 5.0
+        self.tail._attempts.typical_s = 5.0
         with pytest.raises(BlindtailError):
             self.tail.evaluate(ACTIVATION, 1.0)
 

@@ -97,19 +97,6 @@ def image(label: int = 1, brightness: int = 60) -> NDArray[np.uint8]:
     return pixels
 
 
-class FakeClock:
-    """A clock that moves when told to."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
-
-
 class NumberedTicket:
     """Its seed is its number."""
 
@@ -195,11 +182,3 @@ class FakeTail:
 
     def close(self) -> None:
         self.closed = True
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Waits for it; fails when it does not happen in time."""
-    end_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end_s, "it never happened"
-        time.sleep(0.005)

@@ -9,14 +9,7 @@ from pathlib import Path
 from cloud.config import QueueLimits
 from cloud.evaluators import Evaluated, Member, Pool, Work
 from cloud.queue import Predictor, Queue
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.clock import FakeClock
 
 
 class Hand:
@@ -67,13 +60,13 @@ def work(tag: str, program: str = "p", holder: str = "") -> Work:
 
 
 def run(
-    body: Callable[[Queue, HandPool, Clock], Awaitable[None]],
+    body: Callable[[Queue, HandPool, FakeClock], Awaitable[None]],
     evaluators: int = 1,
     limits: QueueLimits | None = None,
     cost_s: Callable[[str], float] = lambda program: 0.1,
 ) -> None:
     async def main() -> None:
-        pool, clock = HandPool(evaluators), Clock()
+        pool, clock = HandPool(evaluators), FakeClock()
         queue = Queue(pool, limits or QueueLimits(), Predictor(cost_s), clock)
         await body(queue, pool, clock)
         await queue.close()

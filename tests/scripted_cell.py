@@ -28,6 +28,7 @@ from blindtail.errors import (
 )
 from blindtail.he.backends import open_evaluator
 from blindtail.he.program import Program
+from blindtail.ports import free_port
 from blindtail.rpc import server_options, to_status
 from blindtail.wire import KeyState
 
@@ -52,8 +53,7 @@ class ScriptedCell:
         self.attempts: list[tuple[bytes, int]] = []
         self._evaluator = open_evaluator("clear", program)
         self._lock = threading.Lock()
-        self._wanted_port = port
-        self.port = 0
+        self.port = port or free_port()  # the same after `stop` and `start`
         self._server: grpc.Server | None = None
 
     def start(self) -> None:
@@ -67,7 +67,7 @@ class ScriptedCell:
             "Evaluate": grpc.unary_unary_rpc_method_handler(self._guard(self._evaluate)),
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(wire.SERVICE, handlers),))
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{self._wanted_port or self.port}")
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
         self._server.start()
 
     def stop(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from edge.cells import Cells
 from edge.keyfiles import KeyFiles
 from edge.keys import Report
 from edge.session import RemoteTail
-from tests.edge_fakes import FEATURES, PlainCipher, reply, spec_of, until
+from tests.clock import until
+from tests.edge_fakes import FEATURES, PlainCipher, reply, spec_of
 
 
 class FakeCell:
@@ -40,6 +41,9 @@ class FakeCell:
         self.offers: list[tuple[bytes, tuple[bytes, ...]]] = []
         self.offer_fault: BlindtailError | None = None
         self.containers: list[bytes] = []
+
+    def take_keys(self, address: str) -> None:
+        self.keys = KeyState.READY
 
     def register(self, key_sha256: bytes, timeout_s: float) -> RegisterResult:
         self.registered.append(key_sha256)
@@ -81,10 +85,10 @@ class FakeCell:
 
 
 class FakeWorker:
-    """A `KeyWorker` that writes two small files and flips the cell's key state."""
+    """A `KeyWorker` that writes two small files; `uploaded` is told the address that it was sent to."""
 
-    def __init__(self, files: KeyFiles, cell: FakeCell) -> None:
-        self.files, self.cell = files, cell
+    def __init__(self, files: KeyFiles, uploaded: Callable[[str], None]) -> None:
+        self.files, self._uploaded = files, uploaded
         self.orders: list[str | None] = []
         self.fault: BlindtailError | None = None
 
@@ -104,7 +108,12 @@ class FakeWorker:
             self.files.complete()
         if address is not None:
             report({"event": "uploading", "sent": 3, "total": 9})
-            self.cell.keys = KeyState.READY
+            self._uploaded(address)
+
+    @property
+    def uploads(self) -> list[str]:
+        """Addresses, in order."""
+        return [address for address in self.orders if address is not None]
 
     def close(self) -> None:
         pass
@@ -114,7 +123,7 @@ class Rig:
     def __init__(self, folder: Path) -> None:
         self.cell = FakeCell()
         self.files = KeyFiles(folder, spec_of())
-        self.worker = FakeWorker(self.files, self.cell)
+        self.worker = FakeWorker(self.files, self.cell.take_keys)
         self.probes: list[float] = []
         self.loads = self.dialled = 0
         self.activity = Activity()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -69,13 +68,6 @@ def counted(cell: LocalCell) -> dict[str, int]:
 def held_bytes(cell: LocalCell) -> float:
     """As the gauge has it."""
     return cell.metrics.registry.get_sample_value("blindtail_cloud_ticket_bytes", {"model": "toy"}) or 0.0
-
-
-def until(condition: Callable[[], bool], limit_s: float = 20) -> None:
-    end_s = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end_s, "it never happened"
-        time.sleep(0.01)
 
 
 class Cells:

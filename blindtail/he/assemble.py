@@ -9,22 +9,19 @@ in all, or ceil(log2 d) where the leading coefficient is one: the least there is
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
-from blindtail.he.elementwise import Elementwise, Op, ProductOp, ScaleOp, SquareOp, SumOp
+from blindtail.he.elementwise import Op, ProductOp, ScaleOp, SquareOp, SumOp
+from blindtail.he.followed import Sums, placed, statistics
 from blindtail.he.layers import FloatArray
-from blindtail.he.layout import Layout, SlotArray
+from blindtail.he.layout import Layout
 from blindtail.he.normal import Activation, Normal
-from blindtail.he.operations import MapOp, fold
-from blindtail.he.propagation import Operand, Stats
+from blindtail.he.operations import MapOp
 from blindtail.he.scales import Draft
 from blindtail.he.slotmaps import Arrangement, alike
-from blindtail.he.sparse import entries
 from blindtail.progress import Span
 
 #: Rows of calibration data that are followed slot by slot.
@@ -188,106 +185,11 @@ def drafted(
     """The draft of a program, with statistics of calibration data x, (n, features)."""
     ops, ties = assembled(normal, maps, level)
     exact, _ = normal.values(x)
-    largest = [float(np.abs(v).max()) for v in exact]  # of all rows; slots follow some
-    pick = x[:: max(1, len(x) // _SAMPLES)][:_SAMPLES]
-    alone = replace(first, lanes=1)
-    held = [np.stack([alone.place(row) for row in pick])]  # by value: (samples, positions)
-    stats, at = list[Stats](), 0
-    known: dict[int, float] = {}
-    for op, part in Span.of(span).over(ops):
-        part.at(0.0, f"{op.name}: values")
-        read = [held[len(held) - back] for back in op.backs]
-        rms = [float(np.sqrt((np.abs(v) ** 2).mean())) for v in read]
-        if not isinstance(op, MapOp):  # over places that hold something, as their map has it
-            rms = [known.get(len(held) - back, r) for back, r in zip(op.backs, rms, strict=True)]
-        if isinstance(op, MapOp):
-            out = mapped(op, read)
-            stats.append(_of_map(op, rms, out, largest[at], arranged, at))
-            known[len(held)] = stats[-1].rms_out
-            at += 1
-        else:
-            out = applied(op, read)
-            operands = tuple(Operand(r) for r in rms)
-            if isinstance(op, ScaleOp):
-                powers = (op.factors**2).mean(axis=1)
-                operands = tuple(Operand(r, float(p), float(p), 1) for r, p in zip(rms, powers, strict=True))
-            bound = float(np.abs(out).max())
-            if isinstance(op, SquareOp) and op.backs == (1,) and isinstance(ops[len(stats) - 1], MapOp):
-                bound = max(bound, largest[at - 1] ** 2)
-            stats.append(Stats(operands, bound, float(np.sqrt((out**2).mean()))))
-        held.append(out)
-    return Draft(ops, tuple(stats), ties)
+    sums = [
+        Sums(made.scattered, made.copies, alike(arranged, index), float(np.abs(v).max()))
+        for index, (made, v) in enumerate(zip(arranged, exact, strict=True))
+    ]
+    return Draft(ops, statistics(ops, placed(first, x, _SAMPLES), sums, span), ties)
 
 
-def mapped(op: MapOp, read: Sequence[SlotArray]) -> FloatArray:
-    """What a map gives for slots (samples, positions) of each operand, in one lane."""
-    total: SlotArray | None = None
-    for slots, diagonals in zip(read, op.all_diagonals, strict=True):
-        part = _products(slots, diagonals)
-        total = part if total is None else total + part
-    assert total is not None
-    out: FloatArray = fold(total, op.folds).real + op.bias_slots()
-    return out
-
-
-def applied(op: Elementwise, read: Sequence[FloatArray]) -> FloatArray:
-    """What an operation by element gives for slots (samples, positions) of each operand, in one lane."""
-    if isinstance(op, SquareOp | ProductOp):
-        return read[0] * read[-1]
-    if isinstance(op, SumOp):
-        total = sum(read[1:], read[0])
-        return total if op.constant is None else total + op.bias_slots()
-    terms = [slots * values for slots, (*_, values) in zip(read, op.steps(), strict=True)]
-    return sum(terms[1:], terms[0]) + op.bias_slots()
-
-
-def _products(slots: SlotArray, diagonals: Mapping[int, SlotArray]) -> SlotArray:
-    """Sum of multipliers times rotated slots; a sample at a time, which stays in the cache."""
-    positions, rows = slots.shape[1], []
-    kind = np.result_type(slots, *diagonals.values())
-    product = np.empty(positions, kind)
-    for sample in slots:
-        twice = np.concatenate([sample, sample])
-        total = np.zeros(positions, kind)
-        for k, multipliers in diagonals.items():
-            np.multiply(multipliers, twice[k : k + positions], out=product)
-            total += product
-        rows.append(total)
-    return np.stack(rows)
-
-
-def _of_map(
-    op: MapOp,
-    rms: Sequence[float],
-    out: FloatArray,
-    largest: float,
-    arranged: Sequence[Arrangement],
-    index: int,
-) -> Stats:
-    used, operands = op.used, []
-    # Where there are empty places, noise and values of the others are what counts.
-    scattered = arranged[index].scattered
-    rows: Any = op.rows >= 0 if scattered else slice(None)
-    held: Any = op.out_layout.index >= 0 if scattered else slice(None)
-    for i, (term, diagonals) in enumerate(zip(op.terms, op.all_diagonals, strict=True)):
-        operands.append(
-            Operand(
-                rms_in=rms[i],
-                power=float(sum((np.abs(m[rows]) ** 2).mean() for m in diagonals.values())),
-                weight_power=float((entries(term.weight) ** 2).sum() / math.prod(term.weight.shape)),
-                products=len(diagonals),
-                baby_turns=len({b for j, _, b in used if j == i and b}),
-            )
-        )
-    return Stats(
-        operands=tuple(operands),
-        max_out=max(largest, float(np.abs(out).max())),
-        rms_out=float(np.sqrt((out[:, held] ** 2).mean())),
-        giant_turns=max((g for _, g, _ in used), default=0),
-        folds=tuple((len(group), min(group) < 0) for group in op.folds),
-        copies=arranged[index].copies,
-        alike=alike(arranged, index),
-    )
-
-
-__all__ = ["Builder", "activated_value", "activation_ops", "applied", "assembled", "drafted", "mapped"]
+__all__ = ["Builder", "activated_value", "activation_ops", "assembled", "drafted"]

@@ -20,7 +20,7 @@ from torch import Tensor
 from blindtail.errors import ModelError
 from blindtail.he.layers import Affine, FloatArray, Layer, Polynomial, Quadratic, Skip
 from blindtail.he.sparse import Sparse, Weight, compact, entries, worthwhile
-from blindtail.models.operations import Live
+from blindtail.models.rulings import Live
 
 #: Most values an activation may have: folding runs one image for each, in float64.
 MAX_WIDTH = 16384

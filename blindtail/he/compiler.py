@@ -10,7 +10,7 @@ the predicted output error while every value fits its modulus with room
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -18,11 +18,11 @@ from blindtail.errors import ConfigError, ModelError
 from blindtail.he import choice, plan, precision, schedule
 from blindtail.he.assemble import drafted
 from blindtail.he.compatible import differences
-from blindtail.he.completion import checked, completed_with_error
+from blindtail.he.completion import checked, completed
 from blindtail.he.layers import FloatArray, Layer
 from blindtail.he.layout import Layout
 from blindtail.he.normal import Normal, normalised
-from blindtail.he.objective import NoPlan, Objective
+from blindtail.he.objective import Costs, NoPlan, Objective
 from blindtail.he.operations import MapOp, Term
 from blindtail.he.params import MAX_LOG2_Q_128, Parameters
 from blindtail.he.plan import REPLY_PERIOD
@@ -33,7 +33,7 @@ from blindtail.he.slotmaps import TooWide
 from blindtail.he.sparse import Sparse, compact
 from blindtail.he.spec import TailSpec
 from blindtail.he.stability import check, enforce
-from blindtail.he.tiled_compiler import compile_tiling
+from blindtail.he.tiled_compiler import compile_tiling, compile_tiling_with_error
 from blindtail.he.tiling import Tiling
 from blindtail.progress import Progress, Span
 
@@ -48,6 +48,7 @@ def compile_tail(
     key_budget_bytes: int | None = None,
     objective: Objective | None = None,
     held_out: FloatArray | None = None,
+    margins: FloatArray | None = None,
     allow_unstable: bool = False,
     progress: Progress | Span | None = None,
 ) -> Program:
@@ -64,11 +65,14 @@ def compile_tail(
                  time. Without it 30 MB for N = 8192 (`schedule.default_budget`), or as few as
                  possible where that is too little; of no effect with `like`
     objective    in place of the budget: what to have little of, and bounds (`blindtail.he.plan`). Where it
-                 bounds or weighs uplink, primes may be smaller; a bound on "error" is kept
-                 (`blindtail.he.precision`)
+                 bounds or weighs uplink or bounds "disagreement", primes may be smaller; bounds on
+                 "error" and "disagreement" are kept (`blindtail.he.precision`)
     held_out     other activations, (m, features): with them the stability gate runs first
                  (`blindtail.he.stability`); it warns, and refuses a tail whose values escape
                  unless `allow_unstable`. The program is the same with and without
+    margins      activations whose margins a bound on "disagreement" is held against, (m, features): of
+                 images that were not trained on, which are less sure of themselves. Without it those
+                 held out, or else the calibration data
     progress     called with (done, total, what) at each stage; `done` never falls and ends at `total`.
                  What it raises ends the compile (`blindtail.progress`)
 
@@ -94,21 +98,24 @@ def compile_tail(
         if key_budget_bytes is not None:
             raise ConfigError("give the budget of keys as a bound of the objective: at_most key_bytes")
         if precision.wanted(objective):
+            rows = next((given for given in (margins, held_out) if given is not None), x)
+            objective = precision.resolved(objective, tail(checked(rows, tail.maps[0], "held-out")))
             return whole.ended(_precise(tail, x, objective, lanes, ring_degree, whole))
     looking, making = whole.parts(1, 3)
-    looking.at(0.0, "looking at plans")
+    several, plans = looking.parts(1, 1)
+    several.at(0.0, "looking at plans")
     wanted = objective or plan.fastest(tail, ring_degree, key_budget_bytes)
     one, rest = making.parts(3, 1)
 
     def in_one() -> tuple[float, Program | plan.Plan]:
         if objective is None:
             program = _in_one(tail, x, lanes, ring_degree, key_budget_bytes, one)
-            return program.predicted_s(schedule.BACKEND), program
-        looking.at(0.5, "looking at plans")
+            return wanted.value(plan.costs_of(program)), program
+        plans.at(0.0, "looking at plans")
         made = plan.best(layers, objective, lanes=lanes, ring_degree=ring_degree)
         return objective.value(made.costs), made
 
-    found = choice.cheaper(tail, wanted, lanes, ring_degree, in_one)
+    found = choice.cheaper(tail, wanted, lanes, ring_degree, in_one, several)
     if isinstance(found, Tiling):
         return whole.ended(compile_tiling(tail, x, found, rest))
     return whole.ended(found if isinstance(found, Program) else compile_plan(layers, x, found, making))
@@ -135,21 +142,76 @@ def _in_one(
 def _precise(
     tail: Normal, x: FloatArray, objective: Objective, lanes: int, ring_degree: int | None, span: Span
 ) -> Program:
+    """The cheapest program in one ciphertext or several that keeps the bound on the error, as compiled."""
+    one_span, several_span = span.parts(2, 1)
+    one: Program | None = None
+    problem, value = ModelError(""), math.inf
+    try:
+        one, costs = _precise_in_one(tail, x, objective, lanes, ring_degree, one_span)
+        value = objective.value(costs)
+    except (TooWide, NoPlan) as refused:
+        problem = refused
+    if one is not None and choice.is_large(tail):
+        return one
+    only = isinstance(problem, TooWide)
+    several, least = _precise_in_several(
+        tail, x, objective, lanes, ring_degree, value, several_span, only=only
+    )
+    found = several or one
+    if found is None:
+        raise precision.too_coarse(objective, least) if least < math.inf else problem
+    return found
+
+
+def _precise_in_one(
+    tail: Normal, x: FloatArray, objective: Objective, lanes: int, ring_degree: int | None, span: Span
+) -> tuple[Program, Costs]:
     """The first of `precision.candidates` whose compiled program keeps the bound on the error."""
-    largest, least, off = float(np.abs(tail(x)).max()), math.inf, 1.0
+    largest, least, off, coarse = float(np.abs(tail(x)).max()), math.inf, 1.0, 0
     span.at(0.0, "looking at plans")
     for made, estimate in precision.candidates(tail, x, objective, lanes, ring_degree):
-        accepted = precision.bound(objective, made.parameters)
-        if estimate * off > accepted:
+        accepted, prime = precision.bound(objective, made.parameters), made.parameters.primes[-1]
+        if estimate * off > accepted or (not estimate and prime <= coarse):
             continue
         program, deviation = _arranged_with_error(
             tail, x, made.parameters, made.first, made.steps, span=span.parts(1, 3)[1]
         )
-        error = precision.error(deviation, largest)
+        error = precision.judged(objective, program, deviation, largest)
         if error <= accepted:
-            return program
+            return program, made.costs
         least, off = min(least, error), max(off, error / estimate if estimate else 1.0)
+        coarse = max(coarse, prime)  # where nothing is estimated, such primes do not do
     raise precision.too_coarse(objective, least)
+
+
+def _precise_in_several(
+    tail: Normal,
+    x: FloatArray,
+    objective: Objective,
+    lanes: int,
+    ring_degree: int | None,
+    below: float,
+    span: Span,
+    *,
+    only: bool,
+) -> tuple[Program | None, float]:
+    """The same over several ciphertexts, where such a program is worth less than `below`; the least error."""
+    largest, least, coarse = float(np.abs(tail(x)).max()), math.inf, 0
+    looking, making = span.parts(1, 2)
+    every = choice.tilings(tail, objective, lanes, ring_degree, looking, only=only)
+    found: Iterable[Tiling] = (made for made in every if objective.value(made.costs) < below)
+    if precision.all_compete(objective):
+        found = sorted(found, key=lambda made: objective.value(made.costs))
+    for made in found:
+        prime = made.parameters.primes[-1]
+        if prime <= coarse:  # larger ones are too coarse already
+            continue
+        program, deviation = compile_tiling_with_error(tail, x, made, making)
+        error = precision.judged(objective, program, deviation, largest)
+        if error <= precision.bound(objective, made.parameters):
+            return program, error
+        least, coarse = min(least, error), max(coarse, prime)
+    return None, least
 
 
 def compile_plan(
@@ -247,7 +309,7 @@ def _arranged_with_error(
     drafting.at(0.0, "layouts")
     draft = drafted(tail, _maps(tail, steps, first), arranged, first, parameters.max_level, x, drafting)
     last = steps[-1].arrangement
-    return completed_with_error(
+    return completed(
         draft,
         parameters,
         first,

@@ -50,28 +50,18 @@ def completed(
     period: int,
     x: FloatArray,
     span: Span | None = None,
-) -> Program:
-    """The program of a draft: scales, the form of the reply, predicted noise.
-
-    first, last  layouts of the activation and of the logits; these repeat after `period` slots
-    x            calibration data (n, features)
-    """
-    return completed_with_error(draft, parameters, first, last, period, x, span)[0]
-
-
-def completed_with_error(
-    draft: Draft,
-    parameters: Parameters,
-    first: Layout,
-    last: Layout,
-    period: int,
-    x: FloatArray,
-    span: Span | None = None,
     *,
     like: TailSpec | None = None,
     scattered: bool = False,
 ) -> tuple[Program, float]:
-    """And the standard deviation of a logit on `native`, in the noisiest slot."""
+    """The program of a draft: scales, the form of the reply, predicted noise.
+
+    And the standard deviation of a logit on `native`, in the noisiest slot.
+
+    first, last  layouts of the activation and of the logits; these repeat after `period` slots
+    x            calibration data (n, features)
+    like         the tail whose scales and reply the program takes over
+    """
     whole = Span.of(span)
     whole.at(0.0, "scales")
     scales = choose_scales(draft, parameters, like, scattered)
@@ -145,4 +135,4 @@ def _dropped_bits(parameters: Parameters, period: int, noise_variance: float, la
     return min(fits, default=most)
 
 
-__all__ = ["checked", "completed", "completed_with_error"]
+__all__ = ["checked", "completed"]

@@ -29,16 +29,8 @@ from blindtail.he.layers import Polynomial as Folded
 from blindtail.he.layers import Quadratic as FoldedQuadratic
 from blindtail.models.batches import trace_twice
 from blindtail.models.layers import Polynomial, Quadratic, Square
-from blindtail.models.operations import (
-    Effect,
-    lives,
-    moves_only,
-    name_of,
-    nothing_follows,
-    power,
-    rule_call,
-    rule_module,
-)
+from blindtail.models.operations import moves_only, name_of, nothing_follows, power, rule_call, rule_module
+from blindtail.models.rulings import Effect, lives
 from blindtail.models.several import Shape, check_takes, image_of, piece, several
 from blindtail.models.tracing import Untraceable, first_line, unwrapped
 from blindtail.progress import Progress, Span

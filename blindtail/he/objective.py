@@ -13,7 +13,9 @@ from blindtail.errors import ConfigError, ModelError
 #: What can be weighed or bounded; bounds and weights are in these units.
 METRICS = ("total_s", "online_s", "uplink_bytes", "key_bytes", "memory_bytes")
 #: What can be bounded besides: known when there is calibration data (`blindtail.he.precision`).
-ERROR = "error"
+ERROR, DISAGREEMENT = "error", "disagreement"
+#: Seconds that a byte of uplink is worth where nobody says: of 100 Mbit/s.
+UPLINK_S = 8e-8
 
 
 class NoPlan(ModelError):
@@ -59,7 +61,10 @@ class Objective:
 
     weights  metric -> weight, per second or byte; most often one metric with weight 1
     at_most  metric -> bound, in seconds or bytes; "error" bounds the predicted error of a logit, over
-             max(1, largest |logit|), that one in some ten thousand exceeds
+             max(1, largest |logit|), that one in some ten thousand exceeds; "disagreement" the share of
+             images whose largest logit noise may change, predicted from the margins of calibration data
+    usual_primes  look at primes of the usual size alone. Without it, smaller ones are looked at where uplink
+             is weighed or bounded, or where disagreement is
 
     Raises `ConfigError` for an unknown metric, a negative or infinite weight, weights
     that are all zero, and a bound that is not positive.
@@ -67,15 +72,21 @@ class Objective:
 
     weights: Mapping[str, float] = field(default_factory=lambda: {"total_s": 1.0})
     at_most: Mapping[str, float] = field(default_factory=dict)
+    usual_primes: bool = False
 
     def __post_init__(self) -> None:
         for name in (*self.weights, *self.at_most):
-            if name not in METRICS and not (name == ERROR and name not in self.weights):
-                raise ConfigError(f"an objective knows no {name!r}: use {', '.join(METRICS)}")
+            if name not in METRICS and not (name in (ERROR, DISAGREEMENT) and name not in self.weights):
+                raise ConfigError(
+                    f"an objective knows no {name!r}: use {', '.join(METRICS)}; "
+                    f"{ERROR} and {DISAGREEMENT} can be bounded only"
+                )
         if any(not 0 <= w < math.inf for w in self.weights.values()) or not any(self.weights.values()):
             raise ConfigError("an objective's weights are finite, none is negative, and one is above zero")
         if any(not bound > 0 for bound in self.at_most.values()):
             raise ConfigError("an objective's bounds are above zero, in seconds or bytes")
+        if not self.at_most.get(DISAGREEMENT, 0.5) < 1:
+            raise ConfigError(f"{DISAGREEMENT} is a share of images, below 1: 0.001 is one in a thousand")
         object.__setattr__(self, "weights", MappingProxyType(dict(self.weights)))
         object.__setattr__(self, "at_most", MappingProxyType(dict(self.at_most)))
 
@@ -91,8 +102,8 @@ class Objective:
         return sum(weight * costs.of(name) for name, weight in self.weights.items())
 
     def admits(self, costs: Costs) -> bool:
-        """Whether bounds are kept; that on the error stands aside, since no cost tells it."""
-        return all(costs.of(name) <= bound for name, bound in self.at_most.items() if name != ERROR)
+        """Whether bounds are kept; those on errors stand aside, since no cost tells them."""
+        return all(costs.of(name) <= bound for name, bound in self.at_most.items() if name in METRICS)
 
     def to_json(self) -> dict[str, Any]:
         return {"weights": dict(self.weights), "at_most": dict(self.at_most)}
@@ -109,4 +120,4 @@ def _pair(text: str, otherwise: float | None) -> tuple[str, float]:
     return name.strip(), value
 
 
-__all__ = ["ERROR", "METRICS", "Costs", "NoPlan", "Objective"]
+__all__ = ["DISAGREEMENT", "ERROR", "METRICS", "UPLINK_S", "Costs", "NoPlan", "Objective"]

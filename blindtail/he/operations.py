@@ -43,10 +43,13 @@ from blindtail.he.diagonals import Met, meet, repeat_length
 from blindtail.he.layers import FloatArray, Shapes
 from blindtail.he.layout import Layout, SlotArray
 from blindtail.he.params import Parameters
-from blindtail.he.sparse import Sparse, Weight, entries
+from blindtail.he.sparse import Sparse, Weight, entries, many_in_rows
 
 #: Most fold groups of a map, and most rotations of a group.
 MAX_GROUPS, MAX_GROUP = 16, 63
+
+#: Most bits of the numbers by which a map is checked, and of whole numbers and their halves in a float.
+_PROBE_BITS, _EXACT_BITS = 20, 52
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -235,15 +238,15 @@ class MapOp:
         if not all(np.isfinite(values).all() for values in (*own, self.bias)):
             raise ModelError(f"{self.name}: weights hold NaN or infinity")
         # A random probe in place of the weights: an exact integer identity but for
-        # coincidences of probability 2^-40, without a loop over all entries. Zeros
-        # stay: a layout may leave out what multiplies by zero.
-        rng = np.random.default_rng(20260101)
+        # coincidences of probability 2^-40 (2^-32 for rows of 2^18 products), without a
+        # loop over all entries. Zeros stay: a layout may leave out what multiplies by zero.
+        rng, below = np.random.default_rng(20260101), 1 << self._probe_bits()
         total: SlotArray = np.zeros(positions)
         want = np.zeros(out)
         for operand, (term, weights) in enumerate(zip(self.terms, own, strict=True)):
-            probe = rng.integers(1, 1 << 20, weights.shape, np.int32).astype(np.float64)
+            probe = rng.integers(1, below, weights.shape, np.int32).astype(np.float64)
             probe *= weights != 0
-            x = np.asarray(rng.integers(1, 1 << 20, (term.weight.shape[1],)), np.float64)
+            x = np.asarray(rng.integers(1, below, (term.weight.shape[1],)), np.float64)
             held = term.in_layout.index
             slots: SlotArray = np.where(held >= 0, x[np.maximum(held, 0)], 0.0)
             empty = held < 0
@@ -259,6 +262,11 @@ class MapOp:
         good = np.where(claimed >= 0, total == want[np.maximum(claimed, 0)], (claimed != -1) | (total == 0))
         if not good.all():
             raise ModelError(f"{self.name}: its layout does not compute the map")
+
+    def _probe_bits(self) -> int:
+        """Of a probe's numbers, so that floats hold the sum of all products of a row exactly, halves too."""
+        products = sum(many_in_rows(term.weight) for term in self.terms)
+        return min(_PROBE_BITS, (_EXACT_BITS - int(np.max(products)).bit_length()) // 2)
 
     def _summed(
         self, operand: int, probe: FloatArray, slots: SlotArray, empty: NDArray[np.bool_], total: SlotArray

@@ -21,7 +21,7 @@ from blindtail.he.elementwise import Linear
 from blindtail.he.layers import Layer
 from blindtail.he.layout import Layout
 from blindtail.he.normal import Normal, normalised
-from blindtail.he.objective import ERROR, METRICS, Costs, NoPlan, Objective
+from blindtail.he.objective import DISAGREEMENT, METRICS, UPLINK_S, Costs, NoPlan, Objective
 from blindtail.he.packing import packed_bytes
 from blindtail.he.params import MAX_LOG2_Q_128, PRIME_BITS, PRIME_SIZES, Parameters
 from blindtail.he.program import Program
@@ -122,9 +122,10 @@ def ranked(
 
 
 def sizes(objective: Objective) -> list[int]:
-    """Bits of primes worth a look, most first: fewer than usual where uplink is bounded or weighed."""
-    small = "uplink_bytes" in objective.at_most or objective.weights.get("uplink_bytes")
-    return list(reversed(PRIME_SIZES)) if small else [PRIME_BITS]
+    """Bits of primes worth a look, most first: fewer than usual where uplink is bounded or weighed,
+    or where images say how large errors may be."""
+    small = {"uplink_bytes", DISAGREEMENT} & set(objective.at_most) or objective.weights.get("uplink_bytes")
+    return list(reversed(PRIME_SIZES)) if small and not objective.usual_primes else [PRIME_BITS]
 
 
 def _uplink_bytes(parameters: Parameters) -> int:
@@ -188,9 +189,12 @@ def costs_of(program: Program) -> Costs:
 
 
 def fastest(tail: Normal, ring_degree: int | None = None, budget: int | None = None) -> Objective:
-    """The least time within a budget of keys, in bytes; without it the usual one of the smallest ring."""
+    """The least time within a budget of keys, in bytes; without it the usual one of the smallest ring.
+
+    A byte of uplink counts as `UPLINK_S`: more ciphertexts save the server less than the link loses.
+    """
     limit = budget or schedule.default_budget(rings(tail.depth, ring_degree)[0])
-    return Objective({"total_s": 1.0}, {"key_bytes": limit})
+    return Objective({"total_s": 1.0, "uplink_bytes": UPLINK_S}, {"key_bytes": limit}, usual_primes=True)
 
 
 def rings(levels: int, ring_degree: int | None = None, bits: int = PRIME_BITS) -> list[Parameters]:
@@ -308,7 +312,7 @@ def _unreachable(objective: Objective, found: Sequence[Plan]) -> str:
     """Which bounds no plan keeps even alone, or else that they contradict each other."""
     short = []
     for name, bound in objective.at_most.items():
-        least = min(plan.costs.of(name) for plan in found) if name != ERROR else 0.0
+        least = min(plan.costs.of(name) for plan in found) if name in METRICS else 0.0
         if least > bound:
             short.append((name, bound, least))
     if short:

@@ -1,5 +1,8 @@
 """Which plan an objective gets when the error counts: estimated for many plans, then compiled.
 
+How large errors may be is told by the objective, or by the margins of calibration data where it
+bounds how often another logit may become the largest (`blindtail.he.margins`).
+
 The estimate follows the noise as the compiler does (`blindtail.he.scales`), with
 statistics of layers in place of those of slots: no plaintext is made for it.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,11 +21,13 @@ from blindtail.he.diagonals import repeat_length
 from blindtail.he.elementwise import Op, SquareOp
 from blindtail.he.layers import FloatArray
 from blindtail.he.layout import GARBAGE, Layout
+from blindtail.he.margins import largest_deviation
 from blindtail.he.normal import Normal
-from blindtail.he.objective import ERROR, NoPlan, Objective
+from blindtail.he.objective import DISAGREEMENT, ERROR, NoPlan, Objective
 from blindtail.he.operations import MapOp
 from blindtail.he.params import PRIME_BITS, Parameters
 from blindtail.he.plan import Plan
+from blindtail.he.program import Program
 from blindtail.he.propagation import Operand, Stats, propagate
 from blindtail.he.scales import Draft, choose_scales
 from blindtail.he.schedule import Step
@@ -41,7 +47,38 @@ def error(worst_noise: float, largest: float) -> float:
 
 def wanted(objective: Objective) -> bool:
     """Whether a choice has to look at errors: they are bounded, or primes may be smaller."""
-    return ERROR in objective.at_most or len(plan.sizes(objective)) > 1
+    return bool({ERROR, DISAGREEMENT} & set(objective.at_most)) or len(plan.sizes(objective)) > 1
+
+
+def resolved(objective: Objective, logits: FloatArray) -> Objective:
+    """With a bound on the error by which no more labels change than the objective allows.
+
+    logits  exact ones of calibration data, (n, classes)
+
+    Raises `ModelError` as `margins.largest_deviation` does.
+    """
+    share = objective.at_most.get(DISAGREEMENT)
+    if share is None:
+        return objective
+    accepted = error(largest_deviation(logits, share), float(np.abs(logits).max()))
+    accepted = min(accepted, objective.at_most.get(ERROR, math.inf))
+    return replace(objective, at_most={**objective.at_most, ERROR: accepted})
+
+
+def judged(objective: Objective, program: Program, deviation: float, largest: float) -> float:
+    """The error of a compiled program that bounds are held against.
+
+    deviation  of a logit on `native`. Labels are kept on every backend, and on the images that errors
+               grow most for: where disagreement is bounded it is the program's own prediction that counts
+    """
+    if DISAGREEMENT in objective.at_most:
+        deviation = max(deviation, program.spec.predicted_noise)
+    return error(deviation, largest)
+
+
+def all_compete(objective: Objective) -> bool:
+    """Whether smaller primes may be cheaper, and not only what a bound asks for."""
+    return bool(objective.weights.get("uplink_bytes")) or DISAGREEMENT in objective.at_most
 
 
 def bound(objective: Objective, parameters: Parameters) -> float:
@@ -55,7 +92,7 @@ def candidates(
 ) -> Iterator[tuple[Plan, float]]:
     """Plans that keep the objective's bounds, with the estimated error, the wanted one first.
 
-    Primes are as large as the bounds allow; where uplink is weighed, all sizes compete.
+    Primes are as large as the bounds allow; where `all_compete`, the cheapest are first.
     Raises `NoPlan` where there is none.
     """
     measured, known = Estimate(tail, x), dict[int, grids.Ways]()
@@ -78,7 +115,7 @@ def candidates(
             least = min(least, *errors)
             accepted = bound(objective, found[0].parameters)
             kept += [(made, e) for made, e in zip(found, errors, strict=True) if e <= accepted]
-        if kept and not objective.weights.get("uplink_bytes"):
+        if kept and not all_compete(objective):
             break
     if not kept:
         if math.isinf(least):
@@ -94,10 +131,12 @@ def candidates(
 
 
 def too_coarse(objective: Objective, least: float) -> NoPlan:
-    bound = objective.at_most.get(ERROR, DEFAULT_ERROR)
+    bound, told = objective.at_most.get(ERROR, DEFAULT_ERROR), ""
+    if DISAGREEMENT in objective.at_most:
+        told = f", as disagreement <= {objective.at_most[DISAGREEMENT]:g} asks,"
     return NoPlan(
-        f"no plan keeps error <= {bound:g} within the other bounds (the least is {least:.2g}): allow more "
-        "bytes or more error, or train with a range penalty"
+        f"no plan keeps error <= {bound:.3g}{told} within the other bounds (the least is {least:.2g}): allow "
+        "more bytes or more error, or train with a range penalty"
     )
 
 
@@ -217,4 +256,16 @@ def _mean(layout: Layout, squares: FloatArray) -> float:
     return total / len(index)
 
 
-__all__ = ["DEFAULT_ERROR", "DEVIATIONS", "Estimate", "bound", "candidates", "error", "too_coarse", "wanted"]
+__all__ = [
+    "DEFAULT_ERROR",
+    "DEVIATIONS",
+    "Estimate",
+    "all_compete",
+    "bound",
+    "candidates",
+    "error",
+    "judged",
+    "resolved",
+    "too_coarse",
+    "wanted",
+]

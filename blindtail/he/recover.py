@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from blindtail.errors import ModelError
@@ -11,6 +13,11 @@ from blindtail.he.operations import MapOp
 from blindtail.he.program import Program
 from blindtail.he.sparse import Sparse, Weight, compact
 
+#: The operations of one map: one, or one for each tile of what it gives.
+Tiles = tuple[MapOp, ...]
+#: Of each value: the map that it is made from (-1: the input), and the polynomial of that map's result.
+Made = Sequence[tuple[int, FloatArray]]
+
 
 def layers_of(program: Program) -> list[Layer]:
     """[map, activation, map, ...], as `blindtail.he.compiler.compile_tail` takes them.
@@ -18,56 +25,73 @@ def layers_of(program: Program) -> list[Layer]:
     Squares come back as such; weights are those of the program, with what activations owed
     to them. Raises `ModelError` for a program that no layers make: one that reads half an activation.
     """
-    if program.spec.input_ciphertexts > 1 or program.spec.output_ciphertexts > 1:
-        raise ModelError("its tensors lie over several ciphertexts: compile it again from its layers")
-    maps: list[MapOp] = []
-    # By value: the map that it is made from (-1: the input), and the polynomial of that map's result.
-    made: list[tuple[int, FloatArray]] = [(-1, np.zeros((2, 0)))]
+    inputs = program.spec.input_ciphertexts
+    maps: list[Tiles] = []
+    made: list[tuple[int, FloatArray]] = [(-1, np.zeros((2, 0)))] * inputs
     for index, op in enumerate(program.ops):
         if isinstance(op, MapOp):
+            # An activation lies between one map and the next: what follows at once is a tile of the same.
+            if index and isinstance(program.ops[index - 1], MapOp):
+                maps[-1] = (*maps[-1], op)
+            else:
+                maps.append((op,))
             size = op.out_layout.size
-            made.append((len(maps), np.stack([np.zeros(size), np.ones(size)])))
-            maps.append(op)
+            made.append((len(maps) - 1, np.stack([np.zeros(size), np.ones(size)])))
         else:
-            read = [made[index + 1 - back] for back in op.backs]
+            read = [made[inputs + index - back] for back in op.backs]
             if len({source for source, _ in read}) > 1 or read[0][0] < 0:
                 raise ModelError(f"{op.name}: is no polynomial of one layer's result")
             made.append((read[0][0], _polynomial(op, [c for _, c in read])))
     layers: list[Layer] = []
-    for place, op in enumerate(maps):
-        at = next(i for i, one in enumerate(program.ops) if one is op)
-        read_by = {made[at + 1 - term.back][0] + 1: term.weight for term in op.terms}
-        layers.append(_affine(op, place, read_by, maps))
+    index = 0
+    for place, tiles in enumerate(maps):
+        while program.ops[index] is not tiles[0]:
+            index += 1
+        read_by: dict[int, list[Weight]] = {}
+        for at, op in enumerate(tiles, inputs + index):
+            for term in op.terms:
+                read_by.setdefault(made[at - term.back][0] + 1, []).append(term.weight)
+        layers.append(_affine(tiles, place, {value: _whole(read) for value, read in read_by.items()}, maps))
         if place + 1 < len(maps):
-            layers.append(_activation(program, place, op, made))
+            layers.append(_activation(program, place, tiles[0].name, made))
     return layers
 
 
-def _affine(op: MapOp, newest: int, read: dict[int, Weight], maps: list[MapOp]) -> Affine:
+def _whole(blocks: Sequence[Weight]) -> Weight:
+    """The matrix of which each holds a part; one alone is it."""
+    if len(blocks) == 1:
+        return blocks[0]
+    parts = [block if isinstance(block, Sparse) else Sparse.of(block) for block in blocks]
+    rows, columns, values = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("rows", "columns", "values")
+    )
+    return compact(Sparse.unordered(parts[0].shape, rows, columns, values))
+
+
+def _affine(tiles: Tiles, newest: int, read: dict[int, Weight], maps: Sequence[Tiles]) -> Affine:
+    op = tiles[0]
     weight = read.pop(newest, None)
     if weight is None:
         none = np.zeros(0, np.int32)
-        width = maps[newest - 1].out_layout.size
+        width = maps[newest - 1][0].out_layout.size
         weight = compact(Sparse((len(op.bias), width), none, none, np.zeros(0)))
     skips = tuple(Skip(newest - value, other) for value, other in sorted(read.items()))
-    return Affine(weight, op.bias, op.name, op.shapes, skips)
+    name = op.name.removesuffix(".tile0") if len(tiles) > 1 else op.name
+    return Affine(weight, op.bias, name, op.shapes, skips)
 
 
-def _activation(
-    program: Program, place: int, op: MapOp, made: list[tuple[int, FloatArray]]
-) -> Quadratic | Polynomial:
-    """What maps read of map number `place`."""
-    found: dict[int, FloatArray] = {}
-    for index, reader in enumerate(program.ops):
+def _activation(program: Program, place: int, name: str, made: Made) -> Quadratic | Polynomial:
+    """What maps read of map number `place`: the same of each tile."""
+    found: list[FloatArray] = []
+    for index, reader in enumerate(program.ops, program.spec.input_ciphertexts):
         if isinstance(reader, MapOp):
-            for back in reader.backs:
-                source, coefficients = made[index + 1 - back]
-                if source == place:
-                    found[index + 1 - back] = coefficients
+            for source, read in (made[index - back] for back in reader.backs):
+                if source == place and not any(np.array_equal(read, one) for one in found):
+                    found.append(read)
     if len(found) != 1:
-        raise ModelError(f"{op.name}: its result is read in {len(found)} forms")
-    (coefficients,) = found.values()
-    name = f"after {op.name}"
+        raise ModelError(f"{name}: its result is read in {len(found)} forms")
+    (coefficients,) = found
+    name = f"after {name}"
     if len(coefficients) == 3 and not coefficients[:2].any() and (coefficients[2] == 1).all():
         return Quadratic(coefficients[2], coefficients[1], coefficients[0], name)
     return Polynomial(coefficients, name)

@@ -221,6 +221,14 @@ def entries(weight: Weight) -> FloatArray:
     return weight.values if isinstance(weight, Sparse) else weight.reshape(-1)
 
 
+def many_in_rows(weight: Weight) -> IndexArray:
+    """Numbers other than zero in each row, (out,)."""
+    if isinstance(weight, Sparse):
+        return np.bincount(weight.rows, minlength=weight.shape[0])
+    found: IndexArray = np.count_nonzero(weight, axis=1)
+    return found
+
+
 def has_zeros(weight: Weight) -> bool:
     return isinstance(weight, Sparse) or not weight.all()
 
@@ -247,6 +255,7 @@ __all__ = [
     "compact",
     "entries",
     "has_zeros",
+    "many_in_rows",
     "unions",
     "worthwhile",
 ]

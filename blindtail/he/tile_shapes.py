@@ -16,7 +16,7 @@ import numpy as np
 from blindtail.errors import ModelError
 from blindtail.he.layout import MOST_CIPHERTEXTS
 from blindtail.he.normal import Normal
-from blindtail.he.slotmaps import LEAST_PERIOD, power_of_two
+from blindtail.he.slotmaps import LEAST_PERIOD, TooWide, power_of_two
 from blindtail.he.sparse import entries
 from blindtail.he.tiled import Placed
 from blindtail.he.tiles import Axis, Kind, TileShape
@@ -52,6 +52,8 @@ def shapes(image: Sequence[int], look: Look, *, last: bool = False) -> list[Tile
 
     look  all: with powers of two along each axis, interleaved or not, and sums of all lengths
     last  of the logits: repeating where there is room, so that replies are short
+
+    Raises `TooWide` where there is none of few enough tiles.
     """
     if len(image) > 1 and not last:
         found = list(_images(image, look))
@@ -62,7 +64,7 @@ def shapes(image: Sequence[int], look: Look, *, last: bool = False) -> list[Tile
         found = list(_vectors(math.prod(image), look, last))
     found = sorted(dict.fromkeys(found), key=lambda s: (s.tiles, str(s)))
     if not found:
-        raise ModelError(f"a tensor {tuple(image)} needs more than {MOST_CIPHERTEXTS} ciphertexts")
+        raise TooWide(f"a tensor {tuple(image)} needs more than {MOST_CIPHERTEXTS} ciphertexts")
     return found if look.every else found[:_SHAPES]
 
 
@@ -104,13 +106,15 @@ def _vectors(size: int, look: Look, last: bool) -> Iterator[TileShape]:
     positions, every = look.positions, look.every
     own = min(power_of_two(size), positions)
     own = max(own, min(LEAST_PERIOD, positions)) if last else own
-    rest = positions // own
+    rest, fewest = positions // own, -(-size // positions)
+    if fewest > MOST_CIPHERTEXTS:
+        return
     yield TileShape((Axis(1, rest, "*"), Axis(size, own)) if rest > 1 else (Axis(size, own),))
     if last:
         return
     for bit in range(own.bit_length() - 1):
         held = 1 << bit
-        if -(-size // held) > (MOST_CIPHERTEXTS if every else _MORE_TILES * -(-size // positions)):
+        if -(-size // held) > min(MOST_CIPHERTEXTS, math.inf if every else _MORE_TILES * fewest):
             continue
         yield TileShape((Axis(size, held), Axis(1, positions // held, "?")))
         if every:
@@ -123,22 +127,49 @@ def candidates(
     """For the input and each map's output.
 
     image  of the activation at the cut, (C, H, W); without it what the first map knows
+
+    Raises `TooWide` naming the map that takes or gives more than the most ciphertexts of this ring hold.
     """
     first, look = tail.maps[0], Look(which, positions)
     known = [image or (first.shapes[0] if first.shapes else (first.weight.shape[1],))]
     known += [step.shapes[1] if step.shapes else (len(step.bias),) for step in tail.maps]
-    found = [[Placed(shape, lanes) for shape in _asked(known, i, look)] for i in range(len(known))]
     told = known[0]
     read = [{value for value, _ in tail.sources(index)} for index in range(len(tail.maps))]
     alone = all(
         0 not in values or values == {0} for values in read
     )  # all that a map reads is complex, or none
-    if told[0] % 2 == 0 and alone:  # at the cut, half of the tensor may ride as imaginary parts
-        half = [(told[0] // 2, *told[1:]), *known[1:]]
-        found[0] += [Placed(shape, lanes, True) for shape in _asked(half, 0, look)]
+    # At the cut, half of the tensor may ride as imaginary parts.
+    half = [(told[0] // 2, *told[1:]), *known[1:]] if told[0] % 2 == 0 and alone else None
+    found = [_placed(known, 0, look, lanes), *([] for _ in tail.maps)]
+    found[0] += [] if half is None else _placed(half, 0, look, lanes, True)
+    found[1:] = [_placed(known, number, look, lanes) for number in range(1, len(known))]
+    for number, (own, of_value) in enumerate(zip(known, found, strict=True)):
+        if not of_value:
+            raise TooWide(_refused(tail, number, math.prod(own), positions, half is not None))
     if len(tail.maps[-1].bias) > positions // 2:  # a device opens a result: nothing in it is undefined
         found[-1] = [one for one in found[-1] if one.shape.defined]
     return found
+
+
+def _placed(
+    known: Sequence[Sequence[int]], number: int, look: Look, lanes: int, halved: bool = False
+) -> list[Placed]:
+    """In the shapes to look at for one value of those known; none where it is too wide."""
+    try:
+        return [Placed(shape, lanes, halved) for shape in _asked(known, number, look)]
+    except TooWide:
+        return []
+
+
+def _refused(tail: Normal, number: int, size: int, positions: int, twice: bool) -> str:
+    """Which layer a value is too wide for, and the way out. twice: it might have had imaginary parts"""
+    name, what = tail.maps[max(0, number - 1)].name, "gives" if number else "takes, at the cut,"
+    each = 2 * positions if twice and not number else positions
+    out = "make this layer smaller" if number else "cut later, add a bottleneck"
+    return (
+        f"{name} {what} {size:,} values, and {MOST_CIPHERTEXTS} ciphertexts of {each:,} a lane do not hold "
+        f"them: {out}, or use fewer lanes or a larger ring"
+    )
 
 
 def which(tail: Normal, positions: int, image: Sequence[int] | None = None) -> Which:

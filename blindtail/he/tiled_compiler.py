@@ -14,19 +14,17 @@ from dataclasses import replace
 import numpy as np
 
 from blindtail.he import plan
-from blindtail.he.assemble import Builder, activated_value, applied, mapped
+from blindtail.he.assemble import Builder, activated_value
 from blindtail.he.completion import checked, completed
 from blindtail.he.elementwise import Op, ScaleOp
+from blindtail.he.followed import Sums, placed, statistics
 from blindtail.he.layers import FloatArray, Layer
-from blindtail.he.layout import SlotArray
 from blindtail.he.normal import Normal, normalised
 from blindtail.he.objective import Objective
 from blindtail.he.operations import MapOp, Term
 from blindtail.he.params import Parameters
 from blindtail.he.program import Program
-from blindtail.he.propagation import Operand, Stats
 from blindtail.he.scales import Draft
-from blindtail.he.sparse import entries
 from blindtail.he.tiled import TiledMap
 from blindtail.he.tiles import TileShape
 from blindtail.he.tiling import Tiling, choose
@@ -68,8 +66,7 @@ def compile_tiled(
     wanted = objective or plan.fastest(tail, ring_degree)
     whole = Span.of(progress)
     looking, rest = whole.parts(1, 1)
-    looking.at(0.0, "tile shapes")
-    found = choose(tail, parameters, wanted, image=image, lanes=lanes, every=every, only=only)
+    found = choose(tail, parameters, wanted, image=image, lanes=lanes, every=every, only=only, span=looking)
     return whole.ended(compile_tiling(tail, x, found, rest))
 
 
@@ -77,6 +74,13 @@ def compile_tiling(
     tail: Normal, calibration: FloatArray, tiling: Tiling, span: Span | None = None
 ) -> Program:
     """The program of a tiling that was chosen for this very tail."""
+    return compile_tiling_with_error(tail, calibration, tiling, span)[0]
+
+
+def compile_tiling_with_error(
+    tail: Normal, calibration: FloatArray, tiling: Tiling, span: Span | None = None
+) -> tuple[Program, float]:
+    """And the standard deviation of a logit on `native`, in the noisiest slot."""
     drafting, rest = Span.of(span).parts(1, 1)
     drafting.at(0.0, "layouts of tiles")
     draft = drafted(tail, tiling, calibration, drafting)
@@ -102,7 +106,6 @@ def drafted(tail: Normal, tiling: Tiling, x: FloatArray, span: Span | None = Non
     """Operations at their levels, tile after tile, with statistics of calibration data x, (n, features)."""
     builder = Builder(tiling.parameters.max_level, len(tiling.first.tiles))
     held = [list(range(len(tiling.first.tiles)))]  # by value of the tail: its tiles
-    ties: dict[int, int] = {}
     for index, made in enumerate(tiling.maps):
         values = [tile for value, _ in tail.sources(index) for tile in held[value]]
         level = min(builder.levels[value] for value in values)
@@ -111,12 +114,12 @@ def drafted(tail: Normal, tiling: Tiling, x: FloatArray, span: Span | None = Non
         for op, met in zip(ops, made.met, strict=True):
             backs = [builder.back(value) for value in values]
             others = tuple(replace(term, back=back) for term, back in zip(op.others, backs[1:], strict=True))
-            placed = replace(op, back=backs[0], others=others)
+            ready = replace(op, back=backs[0], others=others)
             if others:  # what `MapOp.met` would find again: all operands repeat alike
-                placed.__dict__["met"] = met
+                ready.__dict__["met"] = met
             if results:
                 builder.ties[len(builder.ops)] = results[0]
-            results.append(builder.add(placed))
+            results.append(builder.add(ready))
         if index < len(tail.activations):
             began = len(builder.ops)
             per_tile = []
@@ -128,9 +131,10 @@ def drafted(tail: Normal, tiling: Tiling, x: FloatArray, span: Span | None = Non
                 _tie_alike(builder, began, start)
             results = per_tile
         held.append(results)
-    ties.update(builder.ties)
-    stats = _statistics(tail, tiling, builder.ops, x, Span.of(span))
-    return Draft(tuple(builder.ops), stats, ties, len(tiling.first.tiles), len(held[-1]))
+    inputs = placed(tiling.first.layout, x, _SAMPLES, len(tiling.first.tiles))
+    exact, _ = tail.values(x)
+    stats = statistics(builder.ops, inputs, _sums(builder.ops, tiling, exact), span, True)
+    return Draft(tuple(builder.ops), stats, builder.ties, len(inputs), len(held[-1]))
 
 
 def _tie_alike(builder: Builder, began: int, start: int) -> None:
@@ -166,71 +170,23 @@ def _map_op(tail: Normal, tiling: Tiling, index: int, made: TiledMap, tile: int,
         in_scale=_UNSET,
         out_scale=_UNSET,
         others=tuple(others),
+        # Of an image, for planning again.
+        shapes=step.shapes if tail.sources(index)[0][0] == index else None,
     )
 
 
-def _statistics(
-    tail: Normal, tiling: Tiling, ops: Sequence[Op], x: FloatArray, span: Span
-) -> tuple[Stats, ...]:
-    exact, _ = tail.values(x)
-    largest = [float(np.abs(v).max()) for v in exact]
-    pick = x[:: max(1, len(x) // _SAMPLES)][:_SAMPLES]
-    alone = replace(tiling.first.layout, lanes=1)
-    placed = np.stack([alone.place(row) for row in pick])
-    held: list[SlotArray] = list(np.split(placed, len(tiling.first.tiles), axis=1))
-    tiles = [number for number, made in enumerate(tiling.maps) for _ in made.rows]
-    known: dict[int, float] = {}
-    found: list[Stats] = []
-    at = 0
-    for op, part in span.over(ops):
-        part.at(0.0, f"{op.name}: values")
-        read = [held[len(held) - back] for back in op.backs]
-        rms = [
-            known.get(len(held) - back, float(np.sqrt((np.abs(v) ** 2).mean())))
-            for back, v in zip(op.backs, read, strict=True)
-        ]
-        if isinstance(op, MapOp):
-            number = tiles[at]
-            at += 1
-            out = mapped(op, read)
-            found.append(_of_map(op, rms, out, largest[number], tiling.maps[number]))
-            known[len(held)] = found[-1].rms_out
-        else:
-            out = applied(op, read)
-            operands = tuple(Operand(r) for r in rms)
-            if isinstance(op, ScaleOp):
-                powers = (op.factors**2).mean(axis=1)
-                operands = tuple(Operand(r, float(p), float(p), 1) for r, p in zip(rms, powers, strict=True))
-            bound = float(np.abs(out).max())
-            if len(op.backs) == 1 and len(found) and isinstance(ops[len(found) - 1], MapOp):
-                bound = max(bound, largest[tiles[at - 1]] ** 2)
-            found.append(Stats(operands, bound, float(np.sqrt((out**2).mean()))))
-        held.append(out)
-    return tuple(found)
+def _sums(ops: Sequence[Op], tiling: Tiling, exact: Sequence[FloatArray]) -> list[Sums]:
+    """Of each map among the operations. exact: what the tail's maps give, of all rows of the data"""
+    largest = [float(np.abs(v).max()) for v, made in zip(exact, tiling.maps, strict=True) for _ in made.rows]
+    maps = [op for op in ops if isinstance(op, MapOp)]
+    return [Sums(True, _copies(op), 1, most) for op, most in zip(maps, largest, strict=True)]
 
 
-def _of_map(op: MapOp, rms: Sequence[float], out: FloatArray, largest: float, made: TiledMap) -> Stats:
-    used, rows = op.used, op.rows >= 0
-    held = op.out_layout.index >= 0
-    operands = tuple(
-        Operand(
-            rms_in=rms[i],
-            power=float(sum((np.abs(m[rows]) ** 2).mean() for m in diagonals.values())),
-            weight_power=float((entries(term.weight) ** 2).sum() / max(1, np.prod(term.weight.shape))),
-            products=len(diagonals),
-            baby_turns=len({b for j, _, b in used if j == i and b}),
-        )
-        for i, (term, diagonals) in enumerate(zip(op.terms, op.all_diagonals, strict=True))
-    )
-    seen = np.bincount(op.out_layout.index[held])
-    return Stats(
-        operands=operands,
-        max_out=max(largest, float(np.abs(out).max())),
-        rms_out=float(np.sqrt((out[:, held] ** 2).mean())),
-        giant_turns=max((g for _, g, _ in used), default=0),
-        folds=tuple((len(group), min(group) < 0) for group in op.folds),
-        copies=int(seen[seen > 0].min()),
-    )
+def _copies(op: MapOp) -> int:
+    """How often the least held of its elements is."""
+    index = op.out_layout.index
+    seen = np.bincount(index[index >= 0])
+    return int(seen[seen > 0].min())
 
 
-__all__ = ["compile_tiled", "compile_tiling", "drafted"]
+__all__ = ["compile_tiled", "compile_tiling", "compile_tiling_with_error", "drafted"]

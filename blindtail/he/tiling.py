@@ -28,6 +28,7 @@ from blindtail.he.tile_counts import Counted, Known, Operand, Split, each
 from blindtail.he.tile_shapes import Which, candidates, given, which
 from blindtail.he.tiled import Placed, TiledMap, between
 from blindtail.he.tiles import TileShape
+from blindtail.progress import Span
 
 #: States that go on from a map.
 _BEAM = 128
@@ -79,6 +80,7 @@ def choose(
     lanes: int = 1,
     every: bool = False,
     only: Sequence[Sequence[TileShape]] | None = None,
+    span: Span | None = None,
 ) -> Tiling:
     """The tile shapes and splits that an objective wants.
 
@@ -86,10 +88,12 @@ def choose(
     every  look at all shapes and all combinations: minutes for more than two maps
     only   for the input and each map's output, the shapes to look at; one for half as many elements as
            the input has puts the second half in imaginary parts
+    span   told of each map, at each price of keys (`blindtail.progress`)
 
     Raises `ModelError` where shapes do not fit, and `NoPlan` where no choice keeps the bounds.
     """
-    positions = parameters.slots // lanes
+    positions, whole = parameters.slots // lanes, Span.of(span)
+    whole.at(0.0, "tile shapes")
     seed: _Graph | None = None
     if only is not None:
         placed = given(tail, positions, lanes, only)
@@ -101,8 +105,10 @@ def choose(
     graph = _Graph(tail, parameters, placed, every)
     best: Tiling | None = None
     tried: list[Costs] = []
-    for key_s in _PRICES:
-        for found in _cheapest(graph, seed, _Prices(objective, key_s, parameters)):
+    # The first price counts the maps, which the others look up.
+    parts = whole.parts(len(_PRICES), *[1] * (len(_PRICES) - 1))
+    for key_s, part in zip(_PRICES, parts, strict=True):
+        for found in _cheapest(graph, seed, _Prices(objective, key_s, parameters), part):
             tried.append(found.costs)
             if not objective.admits(found.costs):
                 continue
@@ -239,25 +245,26 @@ class _Prices:
         )
 
 
-def _cheapest(graph: _Graph, seed: _Graph | None, prices: _Prices) -> list[Tiling]:
+def _cheapest(graph: _Graph, seed: _Graph | None, prices: _Prices, span: Span) -> list[Tiling]:
     """Tilings that are cheapest at these prices, the best first.
 
     seed  of fewer shapes: what costs more than the cheapest of those is left out early
     """
     found: list[Tiling] = []
     bound = math.inf
+    few, rest = span.parts(seed is not None, 3)
     if seed is not None:
         try:
-            states = _search(seed, prices, math.inf)
+            states = _search(seed, prices, math.inf, few)
         except ModelError:
             states = []  # these shapes do not go together: there are others
         found = [_tiling(seed, state) for state in states[:1]]
         bound = min((state.price for state in states), default=math.inf)
-    states = _search(graph, prices, bound)
+    states = _search(graph, prices, bound, rest)
     return [_tiling(graph, state) for state in (states if graph.every else states[:2])] + found
 
 
-def _search(graph: _Graph, prices: _Prices, bound: float) -> list[_State]:
+def _search(graph: _Graph, prices: _Prices, bound: float, span: Span) -> list[_State]:
     """Of the last map, the cheapest first; of those that cost less than `bound`."""
     n, parameters = graph.parameters.ring_degree, graph.parameters
     states: list[_State] = []
@@ -266,7 +273,8 @@ def _search(graph: _Graph, prices: _Prices, bound: float) -> list[_State]:
         price = prices.second * spent - prices.online * _expand_s(n, first.tiles)
         price += prices.uplink * first.tiles * _each_bytes(parameters)
         states.append(_State(spent, 0, price, np.full(2 * parameters.slots, -1, np.int8), (number,)))
-    for index in range(len(graph.tail.maps)):
+    for index, part in span.over(range(len(graph.tail.maps))):
+        part.at(0.0, f"tile shapes: {graph.tail.maps[index].name}")
         grown = _following(graph, prices, states, index, bound)
         states = sorted(grown, key=lambda state: state.price)
         if not states:
@@ -322,6 +330,11 @@ def _each_bytes(parameters: Parameters) -> int:
     return SEED_BYTES + residues
 
 
+def uplink_bytes(parameters: Parameters, tiles: int) -> int:
+    """Of a request whose activation lies over so many ciphertexts."""
+    return HEADER_BYTES + tiles * _each_bytes(parameters)
+
+
 def _expand_s(n: int, tiles: int) -> float:
     """Seconds to expand the seeds of so many ciphertexts of the activation."""
     return tiles * cost.REFERENCE[BACKEND].expand_s * n / 8192
@@ -334,7 +347,7 @@ def _tiling(graph: _Graph, state: _State) -> Tiling:
     costs = Costs(
         total_s=state.seconds,
         online_s=state.seconds - _expand_s(parameters.ring_degree, tiles),  # all that a ticket holds
-        uplink_bytes=HEADER_BYTES + tiles * _each_bytes(parameters),
+        uplink_bytes=uplink_bytes(parameters, tiles),
         key_bytes=HEADER_BYTES + sum(key_bytes(parameters, at) for at in levels),
         memory_bytes=state.plain_bytes + sum(_expanded(parameters, at) for at in levels),
     )
@@ -347,4 +360,4 @@ def _expanded(parameters: Parameters, level: int) -> int:
     return 2 * (level + 2) * (level + 1) * parameters.ring_degree * WORD_BYTES
 
 
-__all__ = ["Tiling", "choose"]
+__all__ = ["Tiling", "choose", "uplink_bytes"]

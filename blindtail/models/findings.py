@@ -13,15 +13,8 @@ from torch import Tensor, fx, nn
 from blindtail.he.bases import MAX_WIDTH
 from blindtail.models.layers import Polynomial, Quadratic, Square
 from blindtail.models.network import Network, Outcome, most_levels
-from blindtail.models.operations import (
-    AT_THE_EDGE,
-    NOT_KNOWN,
-    Effect,
-    Live,
-    Ruling,
-    name_of,
-    rule_module,
-)
+from blindtail.models.operations import AT_THE_EDGE, NOT_KNOWN, name_of, rule_module
+from blindtail.models.rulings import Effect, Live, Ruling
 from blindtail.models.several import kind_of
 from blindtail.models.tracing import Untraceable, first_line
 

@@ -21,14 +21,8 @@ from blindtail.he.layers import Polynomial as FoldedPolynomial
 from blindtail.he.normal import levels, normalised
 from blindtail.he.params import Parameters
 from blindtail.models.layers import Polynomial, Quadratic
-from blindtail.models.operations import (
-    Effect,
-    Live,
-    Ruling,
-    moves_only,
-    name_of,
-    power,
-)
+from blindtail.models.operations import moves_only, name_of, power
+from blindtail.models.rulings import Effect, Live, Ruling
 from blindtail.models.tracing import Traced, Untraceable
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from blindtail.models import operation_names as names
 from blindtail.models.layers import Polynomial, Quadratic, Square
 from blindtail.models.operation_names import name_of
 from blindtail.models.rewrites import Rewrite, average_pool, batch_norm
+from blindtail.models.rulings import Effect, Live, Ruling, lives
 from blindtail.models.tracing import ABOUT_SHAPE
 
 TRAIN = "train again (see `blindtail train --help`)"
@@ -32,49 +31,6 @@ USE_AVERAGE = "use AvgPool2d, or a stride in the convolution before it, and trai
 USE_BATCHNORM = "use BatchNorm, whose statistics are fixed after training, and train again"
 NOT_KNOWN = "is not known to this release as linear or as a square"
 AT_THE_EDGE = "cut the network after it, so that it stays at the edge"
-
-
-class Effect(Enum):
-    """What an operation does to an activation, as CKKS sees it."""
-
-    CONSTANT = "constant"  # no activation goes in
-    SHAPE = "shape"  # asks for a shape
-    LINEAR = "linear"
-    SQUARE = "square"  # Square, Quadratic, Polynomial, x * x, x ** 3: an activation
-    REFUSED = "refused"
-
-
-@dataclass(frozen=True)
-class Ruling:
-    """The verdict on one operation. `reason` and `advice` where it is refused."""
-
-    effect: Effect
-    kind: str
-    reason: str = ""
-    advice: str = ""
-    rewrite: Rewrite | None = None
-    #: Lines of Python where no single layer takes its place.
-    code: str = ""
-
-
-@dataclass
-class Live:
-    """An operand that depends on the activation, with a shape (B, ...)."""
-
-    shape: tuple[int, ...]
-
-
-def lives(args: Any) -> list[Live]:
-    """Every operand in (nested) arguments that depends on the activation."""
-    if isinstance(args, Live):
-        return [args]
-    if isinstance(args, Mapping):
-        args = list(args.values())
-    if isinstance(args, slice):
-        args = [args.start, args.stop, args.step]
-    if isinstance(args, Sequence) and not isinstance(args, str):
-        return [found for a in args for found in lives(a)]
-    return []
 
 
 def rule_module(module: nn.Module, args: Sequence[Any], last: bool = False) -> Ruling:
@@ -404,10 +360,6 @@ def nothing_follows(node: fx.Node, root: nn.Module) -> bool:
 
 
 __all__ = [
-    "Effect",
-    "Live",
-    "Ruling",
-    "lives",
     "moves_only",
     "name_of",
     "nothing_follows",

@@ -65,7 +65,8 @@ def pack(
     version             default: a short hash of everything in both files
     objective           what plans are chosen for (`blindtail plan`); by default the fastest within
                         a budget of keys (`compile_tail`)
-    held_out_images, allow_unstable  for the stability gate, see `judge_tails`
+    held_out_images, allow_unstable  for the stability gate, see `judge_tails`; a bound on "disagreement"
+                        is held against the margins of these images
     judged              True when the caller has had it judge this model already
     refresh             the owner's leave to decrypt between round trips: tails may then hold ReLU, max
                         pooling and skips, and be as deep as they like. THE DEVICE SEES THE ACTIVATIONS
@@ -91,7 +92,13 @@ def pack(
         )
     if refresh is None:
         alone = compile_tails(
-            model, calibration_images, lanes, objective=objective, compilers=compilers, span=compiling
+            model,
+            calibration_images,
+            lanes,
+            objective=objective,
+            compilers=compilers,
+            span=compiling,
+            held_out_images=held_out_images,
         )
         tails = {cut: RefreshedProgram((program,), ()) for cut, program in alone.items()}
     else:

@@ -22,7 +22,7 @@ from blindtail.he.params import MAX_LOG2_Q_128
 from blindtail.he.program import Program
 from blindtail.he.sparse import entries
 from blindtail.models.network import Network, Outcome
-from blindtail.models.operations import Effect
+from blindtail.models.rulings import Effect
 from blindtail.progress import Progress, Span
 
 #: The backend whose cost model predicts seconds.

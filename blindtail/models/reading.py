@@ -11,15 +11,8 @@ from torch import Tensor, fx, nn
 from blindtail.models.batches import target_name, trace_twice
 from blindtail.models.network import Network, keeps_batch
 from blindtail.models.operation_names import name_of
-from blindtail.models.operations import (
-    AT_THE_EDGE,
-    Effect,
-    Live,
-    Ruling,
-    nothing_follows,
-    rule_call,
-    rule_module,
-)
+from blindtail.models.operations import AT_THE_EDGE, nothing_follows, rule_call, rule_module
+from blindtail.models.rulings import Effect, Live, Ruling
 from blindtail.models.tracing import Traced, Untraceable, trace
 
 #: Branches on values that are tried the other way.

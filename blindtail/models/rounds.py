@@ -28,8 +28,8 @@ from blindtail.he.spec import MOST_SEGMENTS
 from blindtail.models import operation_names as names
 from blindtail.models.network import Network
 from blindtail.models.operation_names import name_of
-from blindtail.models.operations import Effect
 from blindtail.models.plans import is_number
+from blindtail.models.rulings import Effect
 from blindtail.models.tracing import attribute
 
 _ALSO_BAD = frozenset({"setitem", *names.RANDOM})

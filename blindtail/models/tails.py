@@ -15,7 +15,7 @@ from blindtail.errors import InputError, ModelError
 from blindtail.he.compiler import compile_tail
 from blindtail.he.frontend import fold_tail
 from blindtail.he.layers import Affine, Layer
-from blindtail.he.objective import Objective
+from blindtail.he.objective import DISAGREEMENT, Objective
 from blindtail.he.program import Program
 from blindtail.he.scales import LogitsTooLarge
 from blindtail.models.refresh import Refresh, RefreshedProgram, refresh_tail
@@ -23,8 +23,8 @@ from blindtail.models.several import flat
 from blindtail.models.split import SplitModel
 from blindtail.progress import Span
 
-#: A folded tail and activations at its cut, (n, features), to a program.
-TailCompiler = Callable[[Sequence[Layer], NDArray[np.float64]], Program]
+#: A folded tail and activations at its cut, (n, features), to a program; told how far it is by a span.
+TailCompiler = Callable[[Sequence[Layer], NDArray[np.float64], Span, NDArray[np.float64] | None], Program]
 
 
 @torch.no_grad()
@@ -52,22 +52,34 @@ def compile_tails(
     objective: Objective | None = None,
     compilers: Mapping[int, TailCompiler] | None = None,
     span: Span | None = None,
+    held_out_images: NDArray[Any] | None = None,
 ) -> dict[int, Program]:
-    """Each tail's program, by cut; for devices that hold `like`, if any. Raises `ModelError` with the cut."""
+    """Each tail's program, by cut; for devices that hold `like`, if any. Raises `ModelError` with the cut.
+
+    held_out_images  whose margins count where the objective bounds how often labels may change
+    """
     check_model(model, calibration_images)
+    asked = objective is not None and DISAGREEMENT in objective.at_most
+    others = held_out_images if asked else None
     programs = {}
     for cut, part in by_cut(model, Span.of(span)):
         folding, compiling = part.parts(1, 4)
         layers = folded(model, cut, folding)
         held = None if like is None else like.cuts[cut]
         values = activations(model, calibration_images, cut)
+        margins = None if others is None else activations(model, others, cut)
         try:
             if compilers is not None and cut in compilers:
-                compiling.at(0.0, "as it was pruned")
-                programs[cut] = compilers[cut](layers, values)
+                programs[cut] = compilers[cut](layers, values, compiling, margins)
             else:
                 programs[cut] = compile_tail(
-                    layers, values, lanes=lanes, like=held, objective=objective, progress=compiling
+                    layers,
+                    values,
+                    lanes=lanes,
+                    like=held,
+                    objective=objective,
+                    margins=margins,
+                    progress=compiling,
                 )
         except LogitsTooLarge as error:
             if not shrink:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from blindtail.models.in_place import follow_in_place
 from blindtail.models.layers import Polynomial, Quadratic, Square
 
 #: Asked of a tensor, these depend on its shape and type, never on its values.
@@ -31,7 +32,6 @@ ABOUT_SHAPE = frozenset(
     }
 )
 _FACTORIES = ("zeros", "ones", "full", "empty", "arange", "eye", "linspace", "rand", "randn")
-_INPLACE_OPERATORS = frozenset({"iadd", "isub", "imul", "itruediv", "ipow", "imatmul"})
 _TORCH = str(Path(torch.__file__).parent)
 _SKIPPED = (_TORCH, __file__)
 
@@ -108,7 +108,7 @@ def trace(
         node.meta["value"] = _described(tracer.values.get(node))
         for name, default in (("module", ""), ("line", ""), ("ends", [])):
             node.meta.setdefault(name, default)
-    _follow_in_place(graph, root)
+    follow_in_place(graph, root)
     return Traced(root, graph, decisions=tracer.decisions)
 
 
@@ -367,39 +367,12 @@ def _here() -> str:
     return ""
 
 
-def in_place(node: fx.Node, root: nn.Module) -> bool:
-    """Whether a node writes its result over its first argument."""
-    if node.op == "call_module":
-        return getattr(root.get_submodule(str(node.target)), "inplace", False) is True
-    name = str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.op not in ("call_function", "call_method") or name == "setitem":
-        return False
-    if name in _INPLACE_OPERATORS or node.kwargs.get("inplace") is True:
-        return True
-    return name.endswith("_") and not name.endswith("__") and not name.startswith("_")
-
-
-def _follow_in_place(graph: fx.Graph, root: nn.Module) -> None:
-    """What comes after an operation in place sees its result, under whichever name."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        if node.all_input_nodes and in_place(node, root):
-            before = node.args[0] if node.args else None
-            if isinstance(before, fx.Node) and before.op != "get_attr":
-
-                def later(user: fx.Node, at: int = order[node]) -> bool:
-                    return order[user] > at
-
-                before.replace_all_uses_with(node, delete_user_cb=later)
-
-
 __all__ = [
     "ABOUT_SHAPE",
     "Decision",
     "Traced",
     "Untraceable",
     "first_line",
-    "in_place",
     "line_of_error",
     "trace",
     "unwrapped",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,13 +24,6 @@ if TYPE_CHECKING:
     from blindtail.train.run import Splits, Trained
 
 
-class RecipeName(StrEnum):
-    """Recipes that ship with blindtail."""
-
-    fashion = "fashion"
-    digits = "digits"
-
-
 class PruneMethod(StrEnum):
     """How `--prune` prunes."""
 
@@ -44,14 +38,23 @@ def register(app: typer.Typer) -> None:
 
 
 def train_command(
-    recipe: Annotated[RecipeName, typer.Argument(help="which network and data set", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="folder to write to  [default: out/RECIPE]")] = None,
+    recipe: Annotated[
+        str,
+        typer.Argument(help="fashion, digits, or a recipe of your own", metavar="NAME|FILE.toml"),
+    ],
+    out: Annotated[Path | None, typer.Option(help="folder to write to  [default: out/NAME]")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="passes over the training images")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="decides weights, batches and the validation split")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="decides weights, batches and the validation split  [default: 0, or the file's]"
+        ),
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
-            help="folder with Fashion-MNIST's four .gz files, when they are not found by themselves"
+            help="folder with Fashion-MNIST's four .gz files, when they are not found by themselves; of a "
+            "FILE.toml, the folder with train/, validation/ and test/"
         ),
     ] = None,
     checkpoint: Annotated[
@@ -103,8 +106,10 @@ def train_command(
     The ranges of the tail are then compared between training and validation images. One whose
     values escape would answer wrongly once encrypted, and is refused (--allow-unstable).
 
-    The same seed, epochs and threads give the same files. For your own network, build a
-    SplitModel (see `blindtail.models.split`) and call `blindtail.models.pack.pack`.
+    The same seed, epochs and threads give the same files. A training that was stopped goes on where it
+    was: give the same command again. For your own network, build a SplitModel (see
+    `blindtail.models.split`) and write a FILE.toml that names it, with phases, losses and schedules
+    (docs/guide/recipes.md); THE CODE THAT IT NAMES IS RUN, with your rights.
 
     With --like nothing changes on the devices: only the tail of --checkpoint is trained
     on, and compiled to take the place of the one that devices hold. A cell can then let it
@@ -117,6 +122,7 @@ def train_command(
 
     \b
       blindtail train fashion --out out/fashion
+      blindtail train ward.toml
       blindtail train fashion --out out/fast --prune 0.8 \\
           --checkpoint out/fashion/model.safetensors
       blindtail train fashion --out out/next --epochs 2 \\
@@ -125,14 +131,23 @@ def train_command(
     # torch is loaded only once this command runs, so that other commands start fast.
     from blindtail.he.objective import Objective
     from blindtail.train.recipe import RECIPES
-    from blindtail.train.run import Splits
 
-    chosen = replace(RECIPES[recipe.value], seed=seed)
-    if epochs is not None:
-        chosen = replace(chosen, epochs=epochs)
-    folder = out or Path("out") / recipe.value
-    splits = Splits.load(chosen.data, seed=seed, folder=data)
-    command = f"blindtail train {recipe.value} --epochs {chosen.epochs} --seed {seed} --threads {threads}"
+    file = Path(recipe) if recipe.endswith(".toml") else None
+    if file is None and recipe not in RECIPES:
+        raise ConfigError(
+            f"there is no recipe {recipe!r}: use {', '.join(RECIPES)}, or a file that ends in .toml"
+        )
+    if file is not None and (prune or like is not None or epochs is not None):
+        raise ConfigError(
+            "a FILE.toml says its phases' epochs itself, and is neither pruned nor trained on yet"
+        )
+    chosen, splits = _chosen(recipe, file, seed, epochs, data)
+    seed = chosen.seed
+    folder = out or Path("out") / chosen.name
+    command = f"blindtail train {file.name if file else recipe}"
+    if file is None:
+        command += f" --epochs {chosen.epochs}"
+    command += f" --seed {seed} --threads {threads}"
     if checkpoint is not None:
         command += f" --checkpoint {checkpoint.name}"
     if allow_unstable:
@@ -160,13 +175,41 @@ def train_command(
         _train_tail(chosen, splits, threads, command, checkpoint, like, folder, json_output, allow_unstable)
         return
     trained = _train_with_bar(
-        chosen, splits, threads, command, checkpoint, json_output, allow_unstable, objective, policy
+        chosen,
+        splits,
+        threads,
+        command,
+        checkpoint,
+        json_output,
+        allow_unstable,
+        objective,
+        policy,
+        folder / "training",
     )
     trained.save(folder)
+    shutil.rmtree(folder / "training", ignore_errors=True)  # all that it was for is saved
     if json_output:
         typer.echo(json.dumps(trained.report, indent=2))
     else:
         _print(trained, folder)
+
+
+def _chosen(
+    name: str, file: Path | None, seed: int | None, epochs: int | None, data: Path | None
+) -> tuple[Recipe, Splits]:
+    """The recipe and its images."""
+    from blindtail.train.recipe import RECIPES
+    from blindtail.train.recipe_file import data_folder, load_recipe
+    from blindtail.train.run import Splits
+
+    if file is None:
+        recipe = replace(RECIPES[name], seed=seed or 0, epochs=epochs or RECIPES[name].epochs)
+        return recipe, Splits.load(recipe.data, seed=recipe.seed, folder=data)
+    recipe = load_recipe(file, seed=seed)
+    own = data_folder(recipe, file)
+    if own is not None:
+        return recipe, Splits.from_folder(data or own, recipe.build())
+    return recipe, Splits.load(recipe.data, seed=recipe.seed, folder=data)
 
 
 def _train_tail(
@@ -223,6 +266,7 @@ def _train_with_bar(
     allow_unstable: bool,
     objective: Objective | None,
     policy: Policy | None,
+    kept: Path,
 ) -> Trained:
     from blindtail.train.run import train
 
@@ -238,6 +282,7 @@ def _train_with_bar(
             allow_unstable=allow_unstable,
             objective=objective,
             prune=policy,
+            folder=kept,
         )
 
 

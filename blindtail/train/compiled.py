@@ -103,7 +103,7 @@ def compile_model(
     own, whole = calibration_images is None, Span.of(progress)
     pruning, judging, packing = whole.parts(0 if prune is None else 20, 4, 16)
     pruning.at(0.0, "reading the model" if prune is None else "pruning and retraining")
-    pruned = None if prune is None else _pruned(model, prune, lanes, objective)
+    pruned = None if prune is None else _pruned(model, prune, lanes, objective, pruning)
     model = model if pruned is None else pruned.model
     images = validation.pixels if calibration_images is None else calibration_images
     stability = judge_tails(
@@ -131,6 +131,7 @@ def compile_model(
         },
         lanes=lanes,
         objective=objective,
+        held_out_images=None if own else validation.pixels,
         judged=True,
         refresh=refresh,
         compilers=None if pruned is None else pruned.compilers,
@@ -139,7 +140,9 @@ def compile_model(
     return whole.ended(Compiled(edge, cloud, calibration, stability, pruned))
 
 
-def _pruned(model: SplitModel, how: Pruning, lanes: int, objective: Objective | None) -> PrunedTails:
+def _pruned(
+    model: SplitModel, how: Pruning, lanes: int, objective: Objective | None, span: Span
+) -> PrunedTails:
     """A copy of the model with its tails pruned."""
     model = copy.deepcopy(model).eval()
     recipe = Recipe(
@@ -153,12 +156,20 @@ def _pruned(model: SplitModel, how: Pruning, lanes: int, objective: Objective | 
         seed=how.policy.seed,
     )
 
-    def retrain(after_step: Callable[[], None]) -> None:
-        fit(recipe, how.images, model=model, threads=how.threads, only_tails=True, after_step=after_step)
+    def retrain(after_step: Callable[[], None], part: Span) -> None:
+        fit(
+            recipe,
+            how.images,
+            model=model,
+            threads=how.threads,
+            progress=lambda done, steps, loss: part.at(done / steps, f"retraining, loss {loss:.3f}"),
+            only_tails=True,
+            after_step=after_step,
+        )
 
     with bounded(how.threads, how.policy.seed):
         pixels = how.images.pixels[:CALIBRATION_IMAGES]
-        return prune_tails(model, pixels, how.policy, retrain, lanes=lanes, objective=objective)
+        return prune_tails(model, pixels, how.policy, retrain, lanes=lanes, objective=objective, span=span)
 
 
 __all__ = ["Compiled", "Refresh", "compile_model"]

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from blindtail.bundle import CloudBundle, EdgeBundle
-from blindtail.errors import DataError, InputError, ModelError
+from blindtail.errors import ConfigError, DataError, InputError, ModelError
 from blindtail.he.objective import Objective
 from blindtail.he.stability import Stability
 from blindtail.models.data import Images, load, load_folder
@@ -28,6 +28,7 @@ from blindtail.models.pack import check_tails, judge_tails, pack, plan_tails
 from blindtail.models.split import SplitModel
 from blindtail.progress import Progress as CompileProgress
 from blindtail.progress import Span
+from blindtail.train.confidence import failure_prediction
 from blindtail.train.fit import Progress, bounded, fit
 from blindtail.train.measure import (
     Calibration,
@@ -88,7 +89,9 @@ class Trained:
         Each is written atomically; the checkpoint stays with the owner. Raises
         `DataError` when the folder cannot be written.
         """
-        history = {key: self.report[key] for key in ("command", "training_s")}
+        history = {
+            key: self.report[key] for key in ("command", "training_s", "training") if key in self.report
+        }
         with writing(folder):
             self.edge.save(folder / "edge.bt")
             self.cloud.save(folder / "cloud.bt")
@@ -134,6 +137,7 @@ def train(
     objective: Objective | None = None,
     prune: Policy | None = None,
     compiling: CompileProgress | None = None,
+    folder: Path | None = None,
 ) -> Trained:
     """Run a recipe from data to a pair of bundles.
 
@@ -149,20 +153,26 @@ def train(
     escape on the validation split (`judge_tails`), unless `allow_unstable`. What tails are
     compiled for is `objective`'s; one that cannot be met is an error before training.
 
-    `progress` is told of training, `compiling` then of the compile (`blindtail.progress`).
+    `progress` is told of training, `compiling` then of the compile (`blindtail.progress`). With a `folder`
+    the training is kept there after each epoch, and the same call goes on with it after a break.
     """
+    if prune is not None and recipe.phases:
+        raise ConfigError("the tails of a recipe with phases are not pruned yet: prune those of one without")
     if objective is not None:
-        plan_tails(recipe.build(), objective)
+        plan_tails(recipe.finished(), objective)
     if prune is not None:
         check_layers(recipe.build(), prune)
-    start = time.perf_counter()
+    start, whole = time.perf_counter(), Span.of(compiling)
+    pruning, rest = whole.parts(0 if prune is None else 1, 2)
     history: dict[str, Any]
     if checkpoint is None:
-        untrained = recipe.build()
+        untrained = recipe.finished()
         check_tails(untrained)
         _check_images(untrained, splits)
-        model = fit(recipe, splits.train, threads=threads, progress=progress)
+        model = fit(recipe, splits.train, threads=threads, progress=progress, folder=folder)
         history = {"command": command, "training_s": round(time.perf_counter() - start, 1)}
+        if folder is not None:
+            history["training"] = json.loads((folder / "metrics.json").read_text())
     else:
         model = from_checkpoint(recipe, checkpoint)
         history = {"training_s": 0.0, **_history(checkpoint), "compiled_by": command}
@@ -170,11 +180,11 @@ def train(
     accuracy: dict[str, Any] = {}
     if prune is not None:
         start = time.perf_counter()
-        pruned, accuracy = _pruned(recipe, model, splits, prune, threads, progress, objective)
+        pruned, accuracy = _pruned(recipe, model, splits, prune, threads, progress, objective, pruning)
         history["pruning_s"] = round(time.perf_counter() - start, 1)
     orders = pruned.note() if pruned is not None else _note(checkpoint, "pruning") if checkpoint else ""
     with bounded(threads, recipe.seed):
-        return finish(
+        made = finish(
             recipe,
             model,
             splits,
@@ -185,8 +195,9 @@ def train(
             pruned=pruned,
             accuracy_before=accuracy,
             orders=orders,
-            compiling=compiling,
+            compiling=rest,
         )
+    return whole.ended(made)
 
 
 def _check_images(model: SplitModel, splits: Splits) -> None:
@@ -206,11 +217,12 @@ def _pruned(
     threads: int,
     progress: Progress | None,
     objective: Objective | None,
+    span: Span,
 ) -> tuple[PrunedTails, dict[str, Any]]:
     """The tails pruned, in place; and accuracies by split as they were before."""
     gentle = replace(recipe, peak_rate=recipe.peak_rate / 3)
 
-    def retrain(after_step: Callable[[], None]) -> None:
+    def retrain(after_step: Callable[[], None], _: Span) -> None:
         fit(
             gentle,
             splits.train,
@@ -227,7 +239,7 @@ def _pruned(
             for name, images in (("validation", splits.validation), ("test", splits.test))
         }
         calibration = splits.train.pixels[:CALIBRATION_IMAGES]
-        found = prune_tails(model, calibration, policy, retrain, objective=objective)
+        found = prune_tails(model, calibration, policy, retrain, objective=objective, span=span)
     return found, before
 
 
@@ -241,7 +253,7 @@ def from_checkpoint(recipe: Recipe, path: Path) -> SplitModel:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} is no safetensors checkpoint, or damaged ({error})") from error
-    model = recipe.build()
+    model = recipe.finished()
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -279,7 +291,7 @@ def finish(
     pruned: PrunedTails | None = None,
     accuracy_before: Mapping[str, Any] | None = None,
     orders: str = "",
-    compiling: CompileProgress | None = None,
+    compiling: CompileProgress | Span | None = None,
 ) -> Trained:
     """Judge, calibrate, measure and pack a trained model; `history` says how it was trained.
 
@@ -288,7 +300,8 @@ def finish(
     """
     images = splits.train.pixels[:CALIBRATION_IMAGES]
     whole = Span.of(compiling)
-    judging, measuring, packing = whole.parts(4, 1, 15)
+    planning, judging, measuring, packing = whole.parts(1 if orders else 0, 4, 1, 15)
+    compilers = restored(model, orders, objective=objective, span=planning) if orders else None
     stability = judge_tails(
         model, images, splits.validation.pixels, allow_unstable=allow_unstable, progress=judging
     )
@@ -313,8 +326,9 @@ def finish(
         thresholds=calibration.thresholds,
         metrics=metrics,
         objective=objective,
+        held_out_images=splits.validation.pixels,
         judged=True,
-        compilers=restored(model, orders, objective=objective) if orders else None,
+        compilers=compilers,
         progress=packing,
     )
     described = edge.describe()
@@ -329,6 +343,7 @@ def finish(
             "peak_rate": recipe.peak_rate,
             "weight_decay": recipe.weight_decay,
             "objective": repr(recipe.objective),
+            **({"phases": [repr(phase) for phase in recipe.phases]} if recipe.phases else {}),
             "seed": recipe.seed,
             "threads": threads,
             "offload_share": recipe.offload_share,
@@ -355,6 +370,10 @@ def finish(
         "stability": {str(cut): found.to_json() for cut, found in stability.items()},
         **({} if pruned is None else {"pruning": _pruning(pruned, cloud, accuracy_before)}),
         "metrics": metrics,
+        "failure_prediction": {
+            f"exit{i + 1}": failure_prediction(logits, test.labels, temperatures[i])
+            for i, logits in enumerate(test.exits)
+        },
         "first_1000_test_images": routed(test.take(1_000), calibration),
         "versions": {
             "python": platform.python_version(),

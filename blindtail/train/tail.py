@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from blindtail.bundle import CloudBundle, EdgeBundle
+from blindtail.errors import ConfigError
 from blindtail.he.stability import Stability
 from blindtail.models.pack import judge_tails, pack_tail
 from blindtail.models.split import SplitModel
@@ -63,6 +64,8 @@ def train_tail(
     Raises `DataError` and `ModelError` (see `blindtail.models.pack.pack_tail`); the stability
     gate judges what was trained, not what the checkpoint holds.
     """
+    if recipe.phases:
+        raise ConfigError("the tails of a recipe with phases are not trained on yet: pack its model anew")
     start, whole = time.perf_counter(), Span.of(compiling)
     judging, packing = whole.parts(1, 4)
     model = from_checkpoint(recipe, checkpoint)

@@ -16,8 +16,8 @@ import pytest
 from blindtail import attach
 from blindtail.attach import Attachment, merged
 from blindtail.errors import AccessDenied, ConfigError, ContainerError, Overloaded
+from blindtail.ports import free_port
 from blindtail.rpc import INSECURE_LOOPBACK, to_status
-from blindtail.serving import probe_port
 from blindtail.wire.control import (
     CONTROL,
     MOST_ITEMS,
@@ -33,7 +33,8 @@ from blindtail.wire.control import (
     decode_up,
     encode_down,
 )
-from tests.attach_cases import Host, until
+from tests.attach_cases import Host
+from tests.clock import until
 
 pytestmark = pytest.mark.timeout(40)
 
@@ -129,7 +130,7 @@ def test_reports_up_and_policies_down() -> None:
 def test_an_orchestrator_that_comes_later_and_comes_back() -> None:
     """Nothing counted meanwhile is lost."""
     host = Host()
-    port = probe_port("127.0.0.1", 0)
+    port = free_port()
     received = 0
     with host.attached(f"127.0.0.1:{port}") as attachment:
         assert not attachment.wait_connected(0.4)
@@ -190,7 +191,7 @@ def test_a_stream_without_a_welcome_is_dialled_again(monkeypatch: pytest.MonkeyP
 
 def test_one_line_while_nobody_is_there(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "blindtail.attach"):
-        port = probe_port("127.0.0.1", 0)
+        port = free_port()
         with Host().attached(f"127.0.0.1:{port}") as attachment:
             until(lambda: caplog.messages)
             time.sleep(0.6)

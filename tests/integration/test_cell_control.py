@@ -11,8 +11,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from blindtail.errors import ConfigError
+from blindtail.ports import below_ephemeral, free_port
 from blindtail.rpc import INSECURE_LOOPBACK, TailStub, secure_channel
-from blindtail.serving import probe_port
 from blindtail.wire import KeyState
 from blindtail.wire.control import PeerKind, Report
 from blindtail.wire.policies import FleetPeer
@@ -21,7 +21,7 @@ from cloud.control import CellControl
 from cloud.local import LocalCell
 from orchestrator.config import OrchestratorConfig
 from orchestrator.local import LocalOrchestrator
-from tests.attach_cases import until
+from tests.clock import until
 from tests.cloud_cases import Client, bundle
 
 pytestmark = pytest.mark.timeout(60)
@@ -90,7 +90,7 @@ def set_of(reports: list[Report]) -> list[Report]:
 
 
 def test_a_cell_serves_without_its_orchestrator(tmp_path: Path) -> None:
-    port = probe_port("127.0.0.1", 0)
+    port = free_port()
     with cell_for(f"127.0.0.1:{port}", tmp_path / "cell") as cell:
         assert cell.control is not None
         assert not cell.control.wait_connected(0.3)
@@ -106,6 +106,16 @@ def test_a_cell_serves_without_its_orchestrator(tmp_path: Path) -> None:
         cell.stop()
         assert cell.control is None
         cell.start()
+
+
+def test_what_can_be_started_again_is_where_no_connection_takes_its_port(
+    orchestrator: LocalOrchestrator, tmp_path: Path
+) -> None:
+    wanted = below_ephemeral()
+    if not wanted:
+        pytest.skip("this machine's ephemeral range leaves no room below it")
+    with cell_for(orchestrator.address, tmp_path) as cell:
+        assert {cell.port, orchestrator.port} <= set(wanted)
 
 
 def test_a_busy_gateway_is_not_waited_for(orchestrator: LocalOrchestrator, tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ from cloud.local import LocalCell
 from edge.runtime import EdgeRuntime
 from edge.tail import TailState
 from orchestrator.policy import ExitThreshold
-from tests.cell_pair import cell_pair, transfers, until, uploads
+from tests.cell_pair import cell_pair, transfers, uploads
+from tests.clock import until
 from tests.edge_fakes import bundle_of, image, program
 
 pytestmark = pytest.mark.timeout(120)

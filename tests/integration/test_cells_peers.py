@@ -17,8 +17,9 @@ from blindtail.tls import TlsFiles
 from blindtail.wire import KeyChunk, KeyHeader, KeyState, KeyStatus
 from blindtail.wire.cell import CELL, PEERS, PeerKeyChunk, PeerKeys, encode_drain
 from cloud.local import LocalCell
-from tests.cell_pair import cell_pair, transfers, until, uploads
+from tests.cell_pair import cell_pair, transfers, uploads
 from tests.certificates import certificates
+from tests.clock import until
 from tests.cloud_cases import CHUNK, Client, activation, bundle, expected
 
 pytestmark = pytest.mark.timeout(60)

@@ -13,9 +13,9 @@ import pytest
 
 from blindtail.bundle import CloudBundle
 from blindtail.link import ShapedLink
+from blindtail.ports import free_port
 from blindtail.records import Answer
 from blindtail.rpc import INSECURE_LOOPBACK
-from blindtail.serving import probe_port
 from edge.runtime import EdgeRuntime
 from orchestrator.policy import ExitThreshold
 from tests.cell_process import Running, alive, descendants, launch, until_ready, wait_for
@@ -38,8 +38,7 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.ports = {name: probe_port("127.0.0.1", 0) for name in ("a", "b", "metrics a", "metrics b")}
-        assert len(set(self.ports.values())) == 4
+        self.ports = {name: free_port() for name in ("a", "b", "metrics a", "metrics b")}
 
     def launch(self, name: str) -> Running:
         other = f"127.0.0.1:{self.ports['b' if name == 'a' else 'a']}"

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
@@ -24,17 +22,18 @@ from blindtail.errors import (
     SessionLost,
     TailUnavailable,
 )
+from blindtail.ports import free_port
 from blindtail.rpc import INSECURE_LOOPBACK, ClientTls, TailStub, secure_channel
 from blindtail.wire import EvaluateCall, KeyState, KeyStatusCall
 from cloud.config import CloudConfig, KeyLimits, QueueLimits, TlsFiles
-from cloud.evaluators import Evaluated, LocalMember, LocalPool, Member, Work
 from cloud.local import LocalCell
-from cloud.registry import Registry
 from tests.certificates import certificates
+from tests.clock import until
 from tests.cloud_cases import (
     Client,
     bundle,
 )
+from tests.gated_pool import Gate
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -46,43 +45,20 @@ def connect(cell: LocalCell) -> Client:
 # --- slow evaluators ----------------------------------------------------------------
 
 
-class SlowMember(LocalMember):
-    """Waits for `gate` before every evaluation; counts those that ran."""
-
-    gate = threading.Event()
-    ran = 0
-
-    async def evaluate(self, work: Work) -> Evaluated:
-        import asyncio
-
-        type(self).ran += 1
-        await asyncio.to_thread(type(self).gate.wait, 20)
-        return await super().evaluate(work)
-
-
-class SlowPool(LocalPool):
-    async def start(self) -> None:
-        await super().start()
-        self._slow = [SlowMember(m.name, m._engine) for m in self._members]
-
-    @property
-    def members(self) -> Sequence[Member]:
-        return getattr(self, "_slow", [])
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
 
 
 @pytest.fixture
-def slow(tmp_path: Path) -> Iterator[LocalCell]:
-    SlowMember.gate, SlowMember.ran = threading.Event(), 0
-
-    def pool_of(registry: Registry) -> LocalPool:
-        return SlowPool(registry.programs, "clear", 1, 1 << 30)
-
+def slow(gate: Gate, tmp_path: Path) -> Iterator[LocalCell]:
+    """Its evaluator waits for the gate."""
     config = CloudConfig(queue=QueueLimits(jobs=2))
     with LocalCell(
-        [bundle()], backend="clear", state_dir=tmp_path, config=config, pool_of=pool_of
+        [bundle()], backend="clear", state_dir=tmp_path, config=config, pool_of=gate.pool
     ) as running:
         yield running
-        SlowMember.gate.set()
+        gate.open()
 
 
 def occupy(edge: Client, session: bytes, count: int) -> ThreadPoolExecutor:
@@ -92,88 +68,81 @@ def occupy(edge: Client, session: bytes, count: int) -> ThreadPoolExecutor:
     return pool
 
 
-def wait_for(condition: Any, text: str) -> None:
-    deadline_s = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline_s, text
-        time.sleep(0.01)
-
-
-def test_a_full_queue_answers_at_once_with_a_delay(slow: LocalCell) -> None:
+def test_a_full_queue_answers_at_once_with_a_delay(slow: LocalCell, gate: Gate) -> None:
     edge = connect(slow)
     edge.upload_and_wait()
     session = edge.register().session
     gateway = slow.gateway
     assert gateway is not None
     pool = occupy(edge, session, 4)
-    wait_for(lambda: len(gateway.queue) == 2, "the queue did not fill")
+    until(lambda: len(gateway.queue) == 2, "the queue did not fill")
     with pytest.raises(Overloaded) as caught:
         edge.evaluate(session, 9)
-    assert SlowMember.ran == 2  # nothing that waits had got its turn before it was answered
+    assert gate.ran == 2  # nothing that waits had got its turn before it was answered
     assert 0.1 <= caught.value.retry_after_s <= 30
-    SlowMember.gate.set()
+    gate.open()
     pool.shutdown(wait=True)
     edge.evaluate(session, 9)
 
 
-def test_a_deadline_ends_the_wait_and_the_work_is_never_sent(slow: LocalCell) -> None:
+def test_a_deadline_ends_the_wait_and_the_work_is_never_sent(slow: LocalCell, gate: Gate) -> None:
     edge = connect(slow)
     edge.upload_and_wait()
     session = edge.register().session
     gateway = slow.gateway
     assert gateway is not None
     pool = occupy(edge, session, 2)
-    wait_for(lambda: SlowMember.ran == 2, "the evaluator was not filled")
+    until(lambda: gate.ran == 2, "the evaluator was not filled")
     with pytest.raises(DeadlineExceeded):
         edge.evaluate(session, 5, remaining_s=0.2)
-    assert SlowMember.ran == 2  # the evaluator is as busy as before
+    assert gate.ran == 2  # the evaluator is as busy as before
     assert len(gateway.queue) == 0
-    SlowMember.gate.set()
+    gate.open()
     pool.shutdown(wait=True)
-    assert SlowMember.ran == 2
+    assert gate.ran == 2
 
 
-def test_a_client_that_gives_up_leaves_no_work_behind(slow: LocalCell) -> None:
+def test_a_client_that_gives_up_leaves_no_work_behind(slow: LocalCell, gate: Gate) -> None:
     edge = connect(slow)
     edge.upload_and_wait()
     session = edge.register().session
     gateway = slow.gateway
     assert gateway is not None
     pool = occupy(edge, session, 2)
-    wait_for(lambda: SlowMember.ran == 2, "the evaluator was not filled")
+    until(lambda: gate.ran == 2, "the evaluator was not filled")
     call = EvaluateCall(session, os.urandom(16), edge.container(7), 0, 10)
     future = edge.stub.evaluate_future(call, 10)
-    wait_for(lambda: len(gateway.queue) == 1, "the request did not queue")
+    until(lambda: len(gateway.queue) == 1, "the request did not queue")
     future.cancel()
-    wait_for(lambda: len(gateway.queue) == 0, "the request was not withdrawn")
-    SlowMember.gate.set()
+    until(lambda: len(gateway.queue) == 0, "the request was not withdrawn")
+    gate.open()
     pool.shutdown(wait=True)
-    assert SlowMember.ran == 2
+    assert gate.ran == 2
 
 
-def test_keys_in_use_are_not_evicted(slow: LocalCell) -> None:
+def test_keys_in_use_are_not_evicted(slow: LocalCell, gate: Gate) -> None:
     edge = connect(slow)
     edge.upload_and_wait()
     session = edge.register().session
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(edge.evaluate, session, 0)
-        wait_for(lambda: SlowMember.ran == 1, "the evaluation did not start")
+        until(lambda: gate.ran == 1, "the evaluation did not start")
         slow.evict_keys()
-        SlowMember.gate.set()
+        gate.open()
         assert waiting.result(10).container
     slow.evict_keys()
     with pytest.raises(KeysMissing):
         edge.evaluate(session)
 
 
-def test_stopping_says_not_serving_first_and_ends_what_waits(slow: LocalCell) -> None:
+def test_stopping_says_not_serving_first_and_ends_what_waits(slow: LocalCell, gate: Gate) -> None:
     edge = connect(slow)
     edge.upload_and_wait()
     session = edge.register().session
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(edge.evaluate, session, i, remaining_s=60) for i in range(3)]
-        wait_for(lambda: SlowMember.ran == 2, "the evaluator was not filled")
-        threading.Timer(0.5, SlowMember.gate.set).start()
+        until(lambda: gate.ran == 2, "the evaluator was not filled")
+        threading.Timer(0.5, gate.open).start()
         slow.stop(grace_s=0.1)
         for future in waiting:
             with pytest.raises((TailUnavailable, Overloaded, EvaluationFailed)):
@@ -185,7 +154,7 @@ def test_stopping_says_not_serving_first_and_ends_what_waits(slow: LocalCell) ->
 
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
+        taken.bind(("127.0.0.1", free_port()))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"127\.0\.0\.1:{port}.*--port"):

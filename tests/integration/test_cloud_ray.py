@@ -21,7 +21,7 @@ import pytest
 
 from blindtail.errors import BlindtailError, EvaluationFailed, SessionLost, TailError, TailUnavailable
 from blindtail.he.native_backend import available
-from blindtail.serving import probe_port
+from blindtail.ports import free_port
 from blindtail.wire import EvaluateResult, KeyState, TicketsTaken
 from tests.cell_process import Running, alive, all_gone, descendants, launch, until_ready, wait_for
 from tests.cloud_cases import Client, activation, expected, program
@@ -44,9 +44,7 @@ def persistent(call: Callable[[], Any], limit_s: float = 40) -> Any:
 
 @pytest.fixture(scope="module")
 def cell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     running = launch(tmp_path_factory.mktemp("cell"), "--evaluators", "2", "--metrics-port", str(port))
     running.metrics_port = port
     try:
@@ -324,7 +322,7 @@ def tickets_made(running: Running) -> int:
 @pytest.mark.skipif(not available(), reason="tickets are the native backend's, and it was not built")
 def test_tickets_across_processes_and_a_crash(tmp_path: Path) -> None:
     device = Device.of(program(), tmp_path)
-    port = probe_port("127.0.0.1", 0)
+    port = free_port()
     flags = ("--evaluators", "1", "--backend", "native", "--metrics-port", str(port))
     running = launch(tmp_path / "cell", *flags)
     running.metrics_port = port

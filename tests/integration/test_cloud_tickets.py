@@ -25,6 +25,7 @@ from blindtail.rpc import from_rpc_error
 from blindtail.wire import KeyState, TicketOffer, TicketsTaken
 from cloud.config import Backend
 from cloud.engine import Engine
+from tests.clock import until
 from tests.cloud_cases import Client, program
 from tests.ticket_cases import (
     NATIVE_ALONE,
@@ -37,7 +38,6 @@ from tests.ticket_cases import (
     held_bytes,
     offer,
     tickets_in,
-    until,
 )
 
 pytestmark = NATIVE_ALONE

@@ -22,6 +22,7 @@ from cloud.evaluators import EvaluatorCrashed, LocalMember, LocalPool, TicketWor
 from cloud.local import LocalCell
 from cloud.operator_client import OperatorClient
 from cloud.registry import Registry
+from tests.clock import until
 from tests.cloud_cases import program, sha
 from tests.model_cases import bundle_of, file_of, retrained
 from tests.ticket_cases import (
@@ -37,7 +38,6 @@ from tests.ticket_cases import (
     on_loop,
     seed_of,
     tickets_in,
-    until,
 )
 
 pytestmark = NATIVE_ALONE

@@ -6,12 +6,10 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,11 @@ import numpy as np
 import pytest
 
 from blindtail.errors import ConfigError
+from blindtail.ports import free_port
 from blindtail.rpc import INSECURE_LOOPBACK, TailStub, secure_channel
 from blindtail.wire import KeyState
 from cloud.fleet import addresses_in, check_environment
+from tests.cell_process import wait_for
 from tests.cloud_cases import Client, activation, bundle, expected
 
 pytest.importorskip("ray")
@@ -30,14 +30,6 @@ pytestmark = pytest.mark.timeout(180)
 ROOT = Path(__file__).resolve().parents[2]
 #: Addresses of one machine that Ray takes for three hosts.
 HEAD, FIRST, SECOND = "127.0.0.2", "127.0.0.3", "127.0.0.4"
-
-
-def wait_for(condition: Callable[[], Any], text: str, limit_s: float = 60) -> Any:
-    end_s = time.monotonic() + limit_s
-    while not (found := condition()):
-        assert time.monotonic() < end_s, text
-        time.sleep(0.05)
-    return found
 
 
 def ended(pid: int) -> bool:
@@ -51,11 +43,7 @@ class Cluster:
     """`ray start` three times; every process it made is known by its group and ended with it."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind((HEAD, 0))
-            port = free.getsockname()[1]
-        # Outside the range that Ray gives its workers.
-        self.address = f"{HEAD}:{port if port > 20_000 else port + 20_000}"
+        self.address = f"{HEAD}:{free_port(HEAD)}"
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
             "RAY_AUTH_MODE": "token",

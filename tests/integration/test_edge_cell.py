@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from edge.runtime import EdgeRuntime
 from edge.session import RemoteTail
 from edge.tail import TailState
 from orchestrator.policy import ExitThreshold
+from tests.clock import until
 from tests.edge_fakes import bundle_of, image, program
 from tests.scripted_cell import ScriptedCell
 
@@ -73,16 +74,9 @@ def tail_of(edge: EdgeRuntime) -> RemoteTail:
     return tail
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    end_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end_s, "it never happened"
-        time.sleep(0.01)
-
-
 def recovers(edge: EdgeRuntime) -> None:
     """Soon the tail answers again."""
-    until(lambda: edge.infer(UNSURE, 20.0).route == "tail", 30.0)
+    until(lambda: edge.infer(UNSURE, 20.0).route == "tail", limit_s=30.0)
 
 
 def test_the_tail_answers(edge: EdgeRuntime) -> None:
@@ -303,7 +297,7 @@ def test_a_link_that_goes_silent_is_noticed_and_comes_back(cell: ScriptedCell, k
         link.stall()
         for _ in range(3):
             assert edge.infer(UNSURE, deadline_s=0.3).fallback == "deadline"
-        until(lambda: edge.infer(UNSURE, deadline_s=0.3).fallback == "unavailable", 30.0)
+        until(lambda: edge.infer(UNSURE, deadline_s=0.3).fallback == "unavailable", limit_s=30.0)
         link.resume()
         recovers(edge)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from edge.runtime import EdgeRuntime
 from orchestrator.config import OrchestratorConfig
 from orchestrator.local import LocalOrchestrator
 from orchestrator.policy import EdgeOnly
+from tests.clock import until
 from tests.edge_fakes import FakeTail, bundle_of, image
 
 pytestmark = pytest.mark.timeout(60)
@@ -61,19 +62,12 @@ def hand_down(
         return client.set(PolicyChange("", document)).update.version
 
 
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    end_s = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end_s, what
-        time.sleep(0.02)
-
-
 def test_policies_come_down_and_counts_go_up(orchestrator: LocalOrchestrator, tmp_path: Path) -> None:
     with opened(orchestrator, tmp_path / "edge") as edge:
         assert edge.wait_attached(10)
         assert edge.infer(image()).route == "exit2"  # its own policy
         version = hand_down(orchestrator, "threshold", 5.0)
-        wait_for(lambda: edge.status().policy_version == version, "the policy did not come")
+        until(lambda: edge.status().policy_version == version, "the policy did not come")
         status = edge.status()
         assert (status.policy, status.deadline_s, status.orchestrator) == ("threshold", 5.0, "attached")
         answers = [edge.infer(image()) for _ in range(4)]
@@ -87,7 +81,7 @@ def test_policies_come_down_and_counts_go_up(orchestrator: LocalOrchestrator, tm
             totals.update(peer.report.routes)
             return totals["tail"] == 4 and entry.applied == 1
 
-        wait_for(arrived, f"the reports did not come: {totals}")
+        until(arrived, f"the reports did not come: {totals}")
         with orchestrator.policies() as client:
             (peer,) = client.fleet()
         assert (peer.hello.kind, peer.hello.models) == (PeerKind.EDGE, (("toy", "1"),))
@@ -103,7 +97,7 @@ def test_the_last_policy_holds_while_the_orchestrator_is_away(
         assert edge.wait_attached(10)
         assert edge.status().policy_version == first
         orchestrator.stop()
-        wait_for(lambda: edge.status().orchestrator == "away", "the edge did not notice")
+        until(lambda: edge.status().orchestrator == "away", "the edge did not notice")
         assert edge.infer(image()).route == "tail"
     with opened(orchestrator, tmp_path / "edge") as edge:  # a restart while it is away
         assert not edge.wait_attached(0.2)
@@ -111,7 +105,7 @@ def test_the_last_policy_holds_while_the_orchestrator_is_away(
         assert edge.infer(image()).route == "tail"
         orchestrator.start()
         second = hand_down(orchestrator, "edge-only", 4.0)
-        wait_for(lambda: edge.status().policy_version == second, "the edge did not pick up")
+        until(lambda: edge.status().policy_version == second, "the edge did not pick up")
         assert (edge.infer(image()).route, edge.deadline_s) == ("exit2", 4.0)
 
 
@@ -122,9 +116,9 @@ def test_a_refused_policy_is_rolled_back_and_costs_no_answer(
         assert a.wait_attached(10)
         assert b.wait_attached(10)
         good = hand_down(orchestrator, "threshold", 5.0)
-        wait_for(lambda: a.status().policy_version == b.status().policy_version == good, "not applied")
+        until(lambda: a.status().policy_version == b.status().policy_version == good, "not applied")
         bad = hand_down(orchestrator, "threshold", 1.0, thresholds=[0.1, 0.1, 0.1])
-        wait_for(lambda: a.status().policy_version > bad, "not rolled back")
+        until(lambda: a.status().policy_version > bad, "not rolled back")
         assert (a.status().policy, a.deadline_s, a.infer(image()).route) == ("threshold", 5.0, "tail")
         with orchestrator.policies() as client:
             states = {e.update.version: e.state for e in client.history()}
@@ -138,7 +132,7 @@ def test_runtimes_of_one_site_share_a_state_directory(
         assert a.wait_attached(10)
         assert b.wait_attached(10)
         version = hand_down(orchestrator, "threshold")
-        wait_for(lambda: a.status().policy_version == b.status().policy_version == version, "not applied")
+        until(lambda: a.status().policy_version == b.status().policy_version == version, "not applied")
         with orchestrator.policies() as client:
             assert len({peer.hello.instance for peer in client.fleet()}) == 2
     assert [p.name for p in (tmp_path / "site").iterdir()] == ["policy-toy.json"]
@@ -185,7 +179,7 @@ def test_over_mutual_tls_and_through_a_renewal(tmp_path: Path) -> None:
     ):
         assert edge.wait_attached(10)
         assert hand_down(orchestrator, "threshold", credentials=alice) == 1
-        wait_for(lambda: edge.status().policy_version == 1, "not applied")
+        until(lambda: edge.status().policy_version == 1, "not applied")
 
         def stream() -> tuple[str, float]:
             """Whose the one stream is, and its age."""
@@ -205,8 +199,8 @@ def test_over_mutual_tls_and_through_a_renewal(tmp_path: Path) -> None:
                 peers = operator.fleet()
             return len(peers) == 1 and peers[0].attached_s < old_s + 1.9
 
-        wait_for(dialled_again, "the renewed certificate was not used")
+        until(dialled_again, "the renewed certificate was not used")
         hand_down(orchestrator, "edge-only", credentials=alice)
-        wait_for(lambda: edge.status().policy_version == 2, "not applied after the renewal")
+        until(lambda: edge.status().policy_version == 2, "not applied after the renewal")
         with opened(orchestrator, tmp_path / "fake", alice) as stranger:  # an operator is no edge
             assert not stranger.wait_attached(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +16,13 @@ from blindtail.wire import SEED_BYTES
 from cloud.config import CloudConfig, TicketLimits
 from cloud.local import LocalCell
 from edge.runtime import EdgeRuntime
+from tests.clock import until
 from tests.edge_fakes import FEATURES, bundle_of, image, program
 from tests.scripted_cell import ScriptedCell
 from tests.ticket_cases import tickets_in
 
 pytestmark = pytest.mark.timeout(120)
 ZOO = Path(__file__).resolve().parents[2] / "blindtail" / "models" / "zoo" / "fashion"
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    end_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end_s, "it never happened"
-        time.sleep(0.01)
 
 
 def at_hand(edge: EdgeRuntime) -> int:

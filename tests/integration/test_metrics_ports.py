@@ -18,6 +18,7 @@ from blindtail.bundle import CloudBundle
 from blindtail.errors import ConfigError
 from blindtail.metrics import EdgeMetrics, OrchestratorMetrics, check_metrics_port, expiry, serve_metrics
 from blindtail.metrics.certificate import not_after
+from blindtail.ports import free_port
 from blindtail.rpc import ClientTlsFiles
 from cloud.local import LocalCell
 from edge.app import run_site
@@ -31,19 +32,6 @@ pytestmark = pytest.mark.timeout(60)
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
-def two_free_ports() -> int:
-    """The first of two neighbours that are free."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except OSError:
-                continue
-            return port
-
-
 def scrape(port: int) -> Samples:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as reply:
         families = text_string_to_metric_families(reply.read().decode())
@@ -53,7 +41,7 @@ def scrape(port: int) -> Samples:
 def test_a_port_serves_one_registry_and_ends_cleanly() -> None:
     registry = CollectorRegistry()
     OrchestratorMetrics(registry).policy_set(True)
-    port = two_free_ports()
+    port = free_port(neighbours=2)
     check_metrics_port("127.0.0.1", port)
     before = set(threading.enumerate())
     stop = serve_metrics("127.0.0.1", port, registry)
@@ -78,7 +66,7 @@ def test_each_actor_of_a_site_has_a_port(cell: LocalCell, tmp_path: Path) -> Non
     from edge.actor import EdgeActor
 
     bundle_of(spec=program().spec).save(tmp_path / "edge.bt")
-    port = two_free_ports()
+    port = free_port(neighbours=2)
     config = EdgeConfig(
         tmp_path / "edge.bt",
         cloud=cell.address,
@@ -120,7 +108,7 @@ def test_each_actor_of_a_site_has_a_port(cell: LocalCell, tmp_path: Path) -> Non
 
 def test_a_taken_or_impossible_port_is_told_at_the_door(tmp_path: Path) -> None:
     bundle_of(spec=program().spec).save(tmp_path / "edge.bt")
-    port = two_free_ports()
+    port = free_port(neighbours=2)
     config = EdgeConfig(tmp_path / "edge.bt", actors=2, metrics_port=port)
     with socket.create_server(("127.0.0.1", port + 1)), pytest.raises(ConfigError, match=str(port + 1)):
         next(run_site(config, image(0)[None]))
@@ -173,7 +161,7 @@ def test_an_edge_with_tls_tells_the_end_of_its_certificate(tmp_path: Path) -> No
 
     files = certificates(tmp_path / "tls", "edge")
     bundle_of(spec=program().spec).save(tmp_path / "edge.bt")
-    port = two_free_ports()
+    port = free_port(neighbours=2)
     tls = ClientTlsFiles(files["ca.pem"], files["edge.pem"], files["edge.key"])
     actor = EdgeActor(EdgeConfig(tmp_path / "edge.bt", tls=tls, metrics_port=port))
     try:

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,11 +25,11 @@ from blindtail.errors import (
 from blindtail.rpc import INSECURE_LOOPBACK, TailStub, secure_channel
 from blindtail.wire import KeyState
 from blindtail.wire.cell import MODELS, DropCall, ModelChunk, ModelEntry, ModelHeader
-from cloud.evaluators import Evaluated, LocalMember, LocalPool, Member, Work
 from cloud.local import LocalCell
 from cloud.operator_client import OperatorClient
-from cloud.registry import Registry
+from tests.clock import until
 from tests.cloud_cases import Client, activation, clear_keys
+from tests.gated_pool import Gate
 from tests.model_cases import bundle_of, file_of, logits_of, retrained
 
 pytestmark = pytest.mark.timeout(60)
@@ -109,13 +109,6 @@ def test_from_an_empty_cell_to_a_canary_and_back(
     until(lambda: loaded(cell) == {frozenset((one, two))})  # the stand-in is unloaded again
 
 
-def until(condition: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end_s, "it never happened"
-        time.sleep(0.01)
-
-
 def test_a_dropped_version_takes_its_keys_along_and_comes_back_by_a_push(
     cell: LocalCell, operator: OperatorClient, tmp_path: Path
 ) -> None:
@@ -180,36 +173,10 @@ def test_the_seal_backend_shares_one_key_set(tmp_path: Path) -> None:
 # --- while requests run ---------------------------------------------------------------
 
 
-class GatedMember(LocalMember):
-    """Holds every evaluation back until `gate` opens."""
-
-    gate = threading.Event()
-
-    async def evaluate(self, work: Work) -> Evaluated:
-        import asyncio
-
-        await asyncio.to_thread(type(self).gate.wait, 20)
-        return await super().evaluate(work)
-
-
-class GatedPool(LocalPool):
-    async def start(self) -> None:
-        await super().start()
-        self._gated = [GatedMember(m.name, m._engine) for m in self._members]
-
-    @property
-    def members(self) -> list[Member]:  # type: ignore[override]
-        return list(getattr(self, "_gated", []))
-
-
 def test_a_drop_waits_for_requests_in_flight(tmp_path: Path) -> None:
-    GatedMember.gate = threading.Event()
-
-    def pool_of(registry: Registry) -> LocalPool:
-        return GatedPool(registry.programs, "clear", 1, 1 << 30)
-
+    gate = Gate()
     with (
-        LocalCell([bundle_of("1")], backend="clear", state_dir=tmp_path, pool_of=pool_of) as cell,
+        LocalCell([bundle_of("1")], backend="clear", state_dir=tmp_path, pool_of=gate.pool) as cell,
         OperatorClient(cell.address, INSECURE_LOOPBACK) as operator,
         ThreadPoolExecutor(4) as threads,
     ):
@@ -227,20 +194,16 @@ def test_a_drop_waits_for_requests_in_flight(tmp_path: Path) -> None:
         time.sleep(0.2)
         assert not dropping.done()
         assert list((tmp_path / "clear" / "ready").iterdir())  # in use
-        GatedMember.gate.set()
-        assert [np.allclose(edge.logits(r.result(30)), logits_of("1", i)) for i, r in enumerate(running)]
+        gate.open()
+        assert all(np.allclose(edge.logits(r.result(30)), logits_of("1", i)) for i, r in enumerate(running))
         dropping.result(30)
         assert not list((tmp_path / "clear" / "ready").iterdir())
 
 
 def test_a_drop_is_whole_though_its_operator_hangs_up(tmp_path: Path) -> None:
-    GatedMember.gate = threading.Event()
-
-    def pool_of(registry: Registry) -> LocalPool:
-        return GatedPool(registry.programs, "clear", 1, 1 << 30)
-
+    gate = Gate()
     with (
-        LocalCell([bundle_of("1")], backend="clear", state_dir=tmp_path, pool_of=pool_of) as cell,
+        LocalCell([bundle_of("1")], backend="clear", state_dir=tmp_path, pool_of=gate.pool) as cell,
         ThreadPoolExecutor(1) as threads,
     ):
         edge = connect(cell)
@@ -255,7 +218,7 @@ def test_a_drop_is_whole_though_its_operator_hangs_up(tmp_path: Path) -> None:
         until(lambda: not gateway.registry.models)
         asked.cancel()
         channel.close()
-        GatedMember.gate.set()
+        gate.open()
         assert running.result(30).version == "1"
         until(lambda: not list((tmp_path / "clear" / "ready").iterdir()))
         assert loaded(cell) == {frozenset()}

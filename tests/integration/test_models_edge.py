@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,17 +18,11 @@ from cloud.operator_client import OperatorClient
 from edge.runtime import EdgeRuntime
 from edge.tail import TailState
 from orchestrator.policy import ExitThreshold
+from tests.clock import until
 from tests.edge_fakes import bundle_of, image, program
 
 pytestmark = pytest.mark.timeout(120)
 UNSURE = image(1, 60)
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    end_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end_s, "it never happened"
-        time.sleep(0.01)
 
 
 def sharper() -> Program:
@@ -65,7 +57,7 @@ def test_an_edge_through_canary_withdrawal_and_return(
         until(lambda: device.status().tails[2].state is TailState.MISMATCH)
         assert "nor any other yet" in device.status().tails[2].problem
         operator.push(tmp_path / "old.bt")
-        until(lambda: device.status().tails[2].state is TailState.READY, 60.0)
+        until(lambda: device.status().tails[2].state is TailState.READY, limit_s=60.0)
         own = device.infer(UNSURE, deadline_s=20.0)
         assert (own.route, own.fallback) == ("tail", None)
         uploads = device.status().tails[2].registrations
@@ -92,5 +84,5 @@ def test_an_edge_through_canary_withdrawal_and_return(
 
         # Pushed again: the edge comes back by itself, with its keys.
         operator.push(tmp_path / "old.bt")
-        until(lambda: device.status().tails[2].state is TailState.READY, 60.0)
+        until(lambda: device.status().tails[2].state is TailState.READY, limit_s=60.0)
         assert device.infer(UNSURE, deadline_s=20.0).route == "tail"

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from blindtail import cli
-from blindtail.serving import probe_port
+from blindtail.ports import free_port
 from blindtail.wire.policies import PolicyChange
 from orchestrator.local import LocalOrchestrator
 from orchestrator.policies_client import PoliciesClient
-from tests.attach_cases import Host, until
+from tests.attach_cases import Host
+from tests.clock import until
 from tests.orchestrator_service_cases import (
     FAST,
     OTHER,
@@ -113,7 +114,7 @@ def test_wrong_requests(
 
 
 def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
-    address = f"127.0.0.1:{probe_port('127.0.0.1', 0)}"
+    address = f"127.0.0.1:{free_port()}"
     code, _, err = blindtail(capsys, "policy", "get", "--orchestrator", address, "--plaintext")
     assert code == 1
     assert f"no orchestrator answers at {address}" in err
@@ -152,7 +153,7 @@ class Process:
 
 def test_killed_and_started_again(tmp_path: Path) -> None:
     """Edges go on, come back, and find the policy as it was."""
-    port, metrics_port = (probe_port("127.0.0.1", 0) for _ in range(2))
+    port, metrics_port = free_port(), free_port()
     flags = ("--port", str(port), "--metrics-port", str(metrics_port))
     address = f"127.0.0.1:{port}"
     host = Host()

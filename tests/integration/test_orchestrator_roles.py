@@ -16,8 +16,9 @@ from blindtail.wire.control import PeerKind, Welcome, encode_up
 from blindtail.wire.policies import PolicyChange
 from orchestrator.config import OrchestratorConfig
 from orchestrator.local import LocalOrchestrator
-from tests.attach_cases import Host, until
+from tests.attach_cases import Host
 from tests.certificates import certificates
+from tests.clock import until
 from tests.orchestrator_service_cases import FAST, HELLO, OTHER, attach
 
 pytestmark = pytest.mark.timeout(60)

@@ -16,7 +16,8 @@ from blindtail.wire.policies import PolicyChange, PolicyState
 from orchestrator import servicer
 from orchestrator.config import AttachLimits, OrchestratorConfig
 from orchestrator.local import LocalOrchestrator
-from tests.attach_cases import Host, until
+from tests.attach_cases import Host
+from tests.clock import until
 from tests.orchestrator_service_cases import (
     FAST,
     HELLO,

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,30 +22,18 @@ from prometheus_client import CollectorRegistry
 from blindtail.bundle import CloudBundle
 from blindtail.metrics import EdgeMetrics, serve_metrics
 from blindtail.metrics.table import TABLE
+from blindtail.ports import free_port
 from blindtail.rpc import INSECURE_LOOPBACK
 from edge.processes import Child
 from edge.runtime import EdgeRuntime
 from orchestrator.local import LocalOrchestrator
 from tests import tools
+from tests.cell_process import wait_for
 from tests.edge_fakes import bundle_of, image, program
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.timeout(120)
 SHIPPED = Path(__file__).resolve().parents[2] / "deploy" / "prometheus"
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def wait_for(condition: Callable[[], Any], text: str, limit_s: float) -> Any:
-    deadline_s = time.monotonic() + limit_s
-    while not (found := condition()):
-        assert time.monotonic() < deadline_s, text
-        time.sleep(0.1)
-    return found
 
 
 @dataclass

@@ -18,7 +18,7 @@ from blindtail.errors import (
     TailUnavailable,
 )
 from blindtail.wire import KeyState, KeyStatus
-from cloud import keystore
+from cloud import partials
 from cloud.config import KeyLimits
 from tests.cloud_cases import sha
 from tests.key_bench import BOTH, KEYS, PROGRAM, READY_BYTES, SIZE, Bench, files, other, pieces, run
@@ -247,7 +247,7 @@ def test_a_disk_that_fails_is_told_and_nothing_is_left(
         path.write_bytes(piece)
 
     async def body(b: Bench) -> None:
-        monkeypatch.setattr(keystore, "write_at", fail)
+        monkeypatch.setattr(partials, "write_at", fail)
         with pytest.raises(Overloaded, match=text):
             await b.send()
         assert files(tmp_path, "partial") == []

@@ -16,6 +16,7 @@ from cloud.engine import Engine
 from cloud.evaluator import in_pieces
 from cloud.registry import Registry, open_bundles
 from cloud.sessions import Sessions
+from tests.clock import FakeClock
 from tests.cloud_cases import activation, bundle, clear_keys, program
 
 
@@ -90,15 +91,8 @@ def test_two_versions_may_share_a_program() -> None:
     assert registry.find("toy", "2", program().spec.program_id).version == "2"
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def test_sessions_end_by_idling_and_belong_to_one_identity() -> None:
-    clock = Clock()
+    clock = FakeClock(0.0)
     sessions = Sessions(SessionLimits(idle_s=10), clock)
     entry = Registry([bundle()], "clear").entries[0]
     first, second = (sessions.open(who, entry, bytes(32)) for who in "ab")
@@ -120,7 +114,7 @@ def test_sessions_end_by_idling_and_belong_to_one_identity() -> None:
 
 
 def test_sessions_are_bounded_by_identity_and_over_all() -> None:
-    sessions = Sessions(SessionLimits(per_identity=2, total=3), Clock())
+    sessions = Sessions(SessionLimits(per_identity=2, total=3), FakeClock(0.0))
     entry = Registry([bundle()], "clear").entries[0]
     opened = [sessions.open("a", entry, bytes(32)) for _ in range(3)]
     with pytest.raises(SessionLost):

@@ -10,13 +10,14 @@ from blindtail.errors import AccessDenied, ContainerError, DeadlineExceeded, Eva
 from cloud.config import QueueLimits
 from cloud.evaluators import EvaluatorCrashed, EvaluatorGone
 from cloud.queue import Predictor, Queue
-from tests.queue_cases import Clock, Hand, HandPool, run, settle, work
+from tests.clock import FakeClock
+from tests.queue_cases import Hand, HandPool, run, settle, work
 
 pytestmark = pytest.mark.timeout(20)
 
 
 def test_one_request_comes_back_with_its_times() -> None:
-    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+    async def body(queue: Queue, pool: HandPool, clock: FakeClock) -> None:
         future = queue.submit("a", work("1"), 5)
         await settle()
         clock.now += 0.5
@@ -29,7 +30,7 @@ def test_one_request_comes_back_with_its_times() -> None:
 
 
 def test_at_most_two_outstanding_per_evaluator() -> None:
-    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+    async def body(queue: Queue, pool: HandPool, clock: FakeClock) -> None:
         for i in range(7):
             queue.submit("a", work(str(i)), 5)
         await settle()
@@ -40,7 +41,7 @@ def test_at_most_two_outstanding_per_evaluator() -> None:
 
 
 def test_a_quiet_identity_is_not_starved_by_a_busy_one() -> None:
-    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+    async def body(queue: Queue, pool: HandPool, clock: FakeClock) -> None:
         for i in range(20):
             queue.submit("busy", work(f"b{i}"), 60)
         await settle()
@@ -55,7 +56,7 @@ def test_a_quiet_identity_is_not_starved_by_a_busy_one() -> None:
 
 
 def test_turns_are_shared_in_seconds_not_in_requests() -> None:
-    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+    async def body(queue: Queue, pool: HandPool, clock: FakeClock) -> None:
         for i in range(40):
             queue.submit("slow", work(f"s{i}", "slow"), 60)
             queue.submit("fast", work(f"f{i}", "fast"), 60)
@@ -71,7 +72,7 @@ def test_turns_are_shared_in_seconds_not_in_requests() -> None:
 
 
 def test_expired_work_is_dropped_when_its_turn_comes() -> None:
-    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+    async def body(queue: Queue, pool: HandPool, clock: FakeClock) -> None:
         queue.submit("a", work("0"), 60)
         queue.submit("a", work("1"), 60)
         late = queue.submit("a", work("late"), 1.0)
@@ -87,7 +88,7 @@ def test_expired_work_is_dropped_when_its_turn_comes() -> None:
 
 
 def test_no_time_left_is_refused_at_once() -> None:
-    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+    async def body(queue: Queue, pool: HandPool, clock: FakeClock) -> None:
         with pytest.raises(DeadlineExceeded):
             queue.submit("a", work("x"), 0.0)
 
@@ -96,7 +97,7 @@ def test_no_time_left_is_refused_at_once() -> None:
 
 @pytest.mark.parametrize("limits", [QueueLimits(jobs=3), QueueLimits(jobs_per_identity=3)])
 def test_a_full_queue_says_when_to_come_back(limits: QueueLimits) -> None:
-    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+    async def body(queue: Queue, pool: HandPool, clock: FakeClock) -> None:
         for i in range(5):  # two with the evaluator, three wait
             queue.submit("a", work(str(i)), 60)
         with pytest.raises(Overloaded) as caught:
@@ -109,7 +110,7 @@ def test_a_full_queue_says_when_to_come_back(limits: QueueLimits) -> None:
 
 
 def test_abandoned_work_never_reaches_an_evaluator() -> None:
-    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+    async def body(queue: Queue, pool: HandPool, clock: FakeClock) -> None:
         futures = [queue.submit("a", work(str(i)), 60) for i in range(4)]
         await settle()
         queue.abandon(futures[2])
@@ -127,7 +128,7 @@ def test_abandoned_work_never_reaches_an_evaluator() -> None:
 
 
 def test_an_error_of_the_evaluator_reaches_its_caller_alone() -> None:
-    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+    async def body(queue: Queue, pool: HandPool, clock: FakeClock) -> None:
         bad, odd, good = (queue.submit("a", work(t), 60) for t in ("bad", "odd", "good"))
         await settle()
         await pool.hands[0].fail(ContainerError("cut"))
@@ -142,7 +143,7 @@ def test_an_error_of_the_evaluator_reaches_its_caller_alone() -> None:
 
 
 def test_a_crash_is_tried_once_more_on_an_idle_evaluator() -> None:
-    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+    async def body(queue: Queue, pool: HandPool, clock: FakeClock) -> None:
         first, second = pool.hands
         futures = [queue.submit("a", work(str(i)), 60) for i in range(6)]
         await settle()
@@ -161,7 +162,7 @@ def test_a_crash_is_tried_once_more_on_an_idle_evaluator() -> None:
 
 
 def test_the_second_crash_of_a_request_is_the_last_and_quarantines_its_client() -> None:
-    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+    async def body(queue: Queue, pool: HandPool, clock: FakeClock) -> None:
         poison, bystander = queue.submit("evil", work("poison"), 60), queue.submit("good", work("g"), 60)
         await settle()
         await pool.hands[0].fail(EvaluatorCrashed(), count=2)
@@ -180,7 +181,7 @@ def test_the_second_crash_of_a_request_is_the_last_and_quarantines_its_client() 
 
 
 def test_two_crashes_far_apart_are_forgiven() -> None:
-    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+    async def body(queue: Queue, pool: HandPool, clock: FakeClock) -> None:
         for _ in range(2):
             queue.submit("a", work("x"), 60)
             await settle()
@@ -193,7 +194,7 @@ def test_two_crashes_far_apart_are_forgiven() -> None:
 
 
 def test_work_that_never_arrived_blames_nobody() -> None:
-    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+    async def body(queue: Queue, pool: HandPool, clock: FakeClock) -> None:
         future = queue.submit("a", work("x"), 60)
         await settle()
         for _ in range(2):
@@ -206,7 +207,7 @@ def test_work_that_never_arrived_blames_nobody() -> None:
 
 
 def test_without_evaluators_work_waits_for_one() -> None:
-    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+    async def body(queue: Queue, pool: HandPool, clock: FakeClock) -> None:
         hands, pool.hands = pool.hands, []
         future = queue.submit("a", work("x"), 60)
         await settle()
@@ -221,7 +222,7 @@ def test_without_evaluators_work_waits_for_one() -> None:
 
 
 def test_closing_refuses_what_waits() -> None:
-    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+    async def body(queue: Queue, pool: HandPool, clock: FakeClock) -> None:
         futures = [queue.submit("a", work(str(i)), 60) for i in range(4)]
         await settle()
         await queue.close()
@@ -247,7 +248,7 @@ def test_predictions_follow_measurements_and_ignore_outliers() -> None:
 
 
 def test_work_goes_to_the_evaluator_that_did_a_part_of_it_if_that_is_not_full() -> None:
-    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+    async def body(queue: Queue, pool: HandPool, clock: FakeClock) -> None:
         queue.submit("a", work("0", holder="e1"), 5)
         queue.submit("a", work("1", holder="e1"), 5)  # e0 is idle
         await settle()
@@ -261,7 +262,7 @@ def test_work_goes_to_the_evaluator_that_did_a_part_of_it_if_that_is_not_full() 
 
 
 def test_an_evaluator_is_idle_when_it_has_nothing_and_nothing_waits() -> None:
-    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+    async def body(queue: Queue, pool: HandPool, clock: FakeClock) -> None:
         told = []
         queue.on_idle = lambda: told.append(len(queue.idle()))
         queue.submit("a", work("0"), 5)
@@ -291,7 +292,7 @@ def test_an_evaluator_is_idle_when_it_has_nothing_and_nothing_waits() -> None:
 
 @pytest.mark.parametrize("job_first", [True, False])
 def test_a_crash_while_aside_blames_whom_it_was_for(job_first: bool) -> None:
-    async def body(queue: Queue, pool: HandPool, clock: Clock) -> None:
+    async def body(queue: Queue, pool: HandPool, clock: FakeClock) -> None:
         innocent = []
         for round_ in range(2):
             old = pool.hands[0]
@@ -319,7 +320,7 @@ def test_a_crash_while_aside_blames_whom_it_was_for(job_first: bool) -> None:
 
 def test_what_takes_less_with_a_ticket_is_not_learned() -> None:
     async def main() -> None:
-        pool, clock, predict = HandPool(1), Clock(), Predictor(lambda program: 0.1)
+        pool, clock, predict = HandPool(1), FakeClock(), Predictor(lambda program: 0.1)
         queue = Queue(pool, QueueLimits(), predict, clock)
         future = queue.submit("a", work("1"), 5)
         await settle()

@@ -9,7 +9,8 @@ import pytest
 from blindtail.errors import ContainerError, DeadlineExceeded, EvaluationFailed
 from blindtail.wire import EvaluateResult
 from cloud.requests import Requests
-from tests.queue_cases import Clock, settle
+from tests.clock import FakeClock
+from tests.queue_cases import settle
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -36,7 +37,7 @@ ID = bytes(16)
 
 def test_the_same_request_is_evaluated_once() -> None:
     async def main() -> None:
-        clock, source = Clock(), Source()
+        clock, source = FakeClock(), Source()
         requests = Requests(clock)
 
         async def ask(container: bytes = b"c") -> EvaluateResult:
@@ -64,7 +65,7 @@ def test_the_same_request_is_evaluated_once() -> None:
 def test_a_waiter_that_leaves_takes_nothing_from_the_other() -> None:
     async def main() -> None:
         source = Source()
-        requests = Requests(Clock())
+        requests = Requests(FakeClock())
         first, second = (
             asyncio.create_task(requests.run(ID, b"c", 5, source.submit, source.abandon)) for _ in range(2)
         )
@@ -81,7 +82,7 @@ def test_a_waiter_that_leaves_takes_nothing_from_the_other() -> None:
 def test_the_last_waiter_withdraws_and_a_failure_is_tried_again() -> None:
     async def main() -> None:
         source = Source()
-        requests = Requests(Clock())
+        requests = Requests(FakeClock())
 
         async def ask(remaining_s: float) -> EvaluateResult:
             return await requests.run(ID, b"c", remaining_s, source.submit, source.abandon)
@@ -104,7 +105,7 @@ def test_the_last_waiter_withdraws_and_a_failure_is_tried_again() -> None:
 
 def test_remembered_ids_and_results_are_bounded() -> None:
     async def main() -> None:
-        clock = Clock()
+        clock = FakeClock()
         requests = Requests(clock)
 
         def done() -> asyncio.Future[EvaluateResult]:

@@ -27,7 +27,6 @@ from edge.cells import MOST_LEARNED, SHUN_S, Cells, Place, may_dial, split_addre
 from edge.config import EdgeConfig
 from edge.tail import TailState
 from tests.cells_cases import (
-    ACTIVATION,
     A,
     B,
     C,
@@ -36,7 +35,8 @@ from tests.cells_cases import (
     World,
     rig_of_one_test,  # noqa: F401
 )
-from tests.edge_fakes import FakeClock, until
+from tests.clock import FakeClock, until
+from tests.session_cases import ACTIVATION
 
 pytestmark = pytest.mark.timeout(30)
 

@@ -11,13 +11,14 @@ from blindtail.records import TailReply
 from blindtail.wire import KeyState
 from edge.tail import TailState
 from tests.cells_cases import (
-    ACTIVATION,
     A,
     B,
     Rig,
     rig_of_one_test,  # noqa: F401
 )
-from tests.edge_fakes import reply, until
+from tests.clock import until
+from tests.edge_fakes import reply
+from tests.session_cases import ACTIVATION
 
 pytestmark = pytest.mark.timeout(30)
 

@@ -24,7 +24,8 @@ from edge.ranges import ACTIVATION, LOGITS, NOTES, Ranges
 from edge.runtime import EdgeRuntime
 from edge.status import RuntimeStatus
 from orchestrator.policy import ExitThreshold
-from tests.edge_fakes import CLASSES, FakeClock, FakeTail, PlainCipher, bundle_of, image, spec_of
+from tests.clock import FakeClock
+from tests.edge_fakes import CLASSES, FakeTail, PlainCipher, bundle_of, image, spec_of
 
 UNSURE = 60
 

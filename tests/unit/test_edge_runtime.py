@@ -29,7 +29,8 @@ from blindtail.errors import (
 from blindtail.records import Action, Decision, DecisionContext, TailReply, TailTimings
 from edge.runtime import EdgeRuntime
 from orchestrator.policy import CloudOnly, EdgeOnly, Policy
-from tests.edge_fakes import CLASSES, FakeClock, FakeTail, PlainCipher, bundle_of, image, reply
+from tests.clock import FakeClock
+from tests.edge_fakes import CLASSES, FakeTail, PlainCipher, bundle_of, image, reply
 from tests.runtime_cases import SURE, THRESHOLDS, UNSURE, runtime
 
 

@@ -13,7 +13,8 @@ from edge.activity import Activity
 from edge.latency import LatencyBook
 from edge.offloads import Offloads
 from orchestrator.policy import CloudOnly, DeadlineAware
-from tests.edge_fakes import FEATURES, FakeClock, FakeTail, NumberedTicket, image, reply
+from tests.clock import FakeClock
+from tests.edge_fakes import FEATURES, FakeTail, NumberedTicket, image, reply
 from tests.runtime_cases import THRESHOLDS, UNSURE, runtime
 
 

@@ -24,10 +24,11 @@ from blindtail.errors import (
     TailUnavailable,
 )
 from blindtail.wire import KeyState
-from edge import session as session_module
+from edge.attempts import LATE_IN_A_ROW
 from edge.tail import TailState
 from edge.tails import open_tails
-from tests.edge_fakes import bundle_of, reply, until
+from tests.clock import until
+from tests.edge_fakes import bundle_of, reply
 from tests.session_cases import (
     ACTIVATION,
     Rig,
@@ -120,7 +121,7 @@ def test_it_is_sent_twice_at_most(rig: Rig) -> None:
 
 def test_nothing_is_sent_again_without_time_for_it(rig: Rig) -> None:
     tail = rig.start()
-    tail._typical_s = 10.0
+    tail._attempts.typical_s = 10.0
     rig.cell.faults = [EvaluationFailed("crashed")]
     rig.cell.evaluated.clear()
     with pytest.raises(EvaluationFailed):
@@ -161,11 +162,11 @@ def be_late(rig: Rig, times: int) -> None:
 
 def test_late_replies_in_a_row_make_it_ask_whether_the_cloud_is_there(rig: Rig) -> None:
     tail = rig.start()
-    be_late(rig, session_module.LATE_IN_A_ROW - 1)
+    be_late(rig, LATE_IN_A_ROW - 1)
     assert rig.cell.pings == 0
     be_late(rig, 1)
     until(lambda: rig.cell.pings == 1)
-    be_late(rig, session_module.LATE_IN_A_ROW)
+    be_late(rig, LATE_IN_A_ROW)
     time.sleep(0.1)
     assert rig.cell.pings == 1  # not more often than every PING_S
     assert tail.ready  # it was there, only slow
@@ -175,7 +176,7 @@ def test_late_replies_in_a_row_make_it_ask_whether_the_cloud_is_there(rig: Rig) 
 def test_a_silent_cloud_ends_offloads_until_it_answers_again(rig: Rig) -> None:
     tail = rig.start()
     rig.cell.silent = True
-    be_late(rig, session_module.LATE_IN_A_ROW)
+    be_late(rig, LATE_IN_A_ROW)
     until(lambda: tail.status().state is TailState.AWAY)
     rig.cell.silent = False
     rig.again(2)
@@ -197,7 +198,7 @@ def test_an_overloaded_cloud_is_left_alone_for_as_long_as_it_asks(rig: Rig) -> N
     with pytest.raises(Overloaded):
         tail.evaluate(ACTIVATION, 1.0)
     assert not tail.ready
-    until(lambda: tail.ready, 2.0)
+    until(lambda: tail.ready, limit_s=2.0)
     assert tail.status().registrations == 1
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from blindtail.errors import BlindtailError, KeysMissing, SessionLost, TailUnavailable
-from tests.edge_fakes import FEATURES, PlainCipher, until
+from tests.clock import until
+from tests.edge_fakes import FEATURES, PlainCipher
 from tests.session_cases import (
     Rig,
     rig_of_one_test,  # noqa: F401

@@ -23,7 +23,8 @@ from edge.activity import Activity
 from edge.cells import Place
 from edge.tail import Ticket
 from edge.tickets import QUIET_S, RETRY_S, TicketBook
-from tests.edge_fakes import FakeClock, PlainCipher
+from tests.clock import FakeClock
+from tests.edge_fakes import PlainCipher
 
 pytestmark = pytest.mark.timeout(30)
 

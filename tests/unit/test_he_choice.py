@@ -71,9 +71,29 @@ def test_what_is_shown_is_what_is_compiled(objective: Objective) -> None:
         assert costs.of(name) == pytest.approx(made.costs.of(name), rel=near)
 
 
-def test_where_primes_may_be_smaller_one_ciphertext_is_looked_at() -> None:
-    layers, wanted = random_layers(WIDE), Objective({"uplink_bytes": 1.0})
-    assert choice.best(layers, wanted).costs == plan.best(layers, wanted).costs
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective(at_most={"uplink_bytes": 90_000}),  # what primes of the usual size do not keep
+        Objective(at_most={"error": 1.0}),
+        Objective({"uplink_bytes": 1.0}, {"disagreement": 0.2}),
+    ],
+    ids=lambda objective: str(objective.to_json()),
+)
+def test_where_errors_count_several_ciphertexts_are_compiled_too(objective: Objective) -> None:
+    layers = random_layers(WIDE)
+    x = np.random.default_rng(0).normal(size=(20, WIDE[0]))
+    program = compile_tail(layers, x, objective=objective)
+    costs = plan.costs_of(program)
+    assert objective.admits(costs)
+    assert program.spec.input_ciphertexts == 3
+    try:
+        alone = plan.best(layers, objective).costs
+    except NoPlan:  # the smallest ring that holds it in one ciphertext sends more
+        assert "uplink_bytes" in objective.at_most
+    else:
+        assert objective.value(costs) < objective.value(alone)
+    assert isinstance(choice.best(layers, objective), Tiling)
 
 
 def test_bounds_that_one_ciphertext_breaks_are_kept_by_several() -> None:

@@ -106,8 +106,8 @@ def test_networks_that_cannot_run_are_refused_by_name() -> None:
         compile_tail(_net(), np.full((3, 4), np.nan))
     with pytest.raises(ModelError, match="power of two"):
         compile_tail(_net(), x, lanes=3)
-    with pytest.raises(ModelError, match="at the cut has 40000 elements"):
-        compile_tail([Affine(np.ones((2, 40000)), np.zeros(2), "wide")], np.ones((1, 40000)))
+    with pytest.raises(ModelError, match="wide takes, at the cut, 40,000 values, and 64 ciphertexts of 32 a"):
+        compile_tail([Affine(np.ones((2, 40000)), np.zeros(2), "wide")], np.ones((1, 40000)), lanes=1024)
     with pytest.raises(ModelError, match="too large for the modulus"):
         compile_tail(_net(weight=1e9), x)
     deep = _net()[:2] * 20 + _net()[2:]

@@ -20,7 +20,7 @@ from blindtail.he.compatible import differences
 from blindtail.he.compiler import compile_plan, compile_tail
 from blindtail.he.diagonals import meet
 from blindtail.he.frontend import fold_tail
-from blindtail.he.grids import Grid
+from blindtail.he.grid_shapes import Grid
 from blindtail.he.layers import Affine, FloatArray, Layer, Quadratic
 from blindtail.he.layout import Layout
 from blindtail.he.native_backend import available

@@ -17,6 +17,7 @@ import pytest
 
 from blindtail.errors import ConfigError, StateError
 from blindtail.link import ShapedLink
+from blindtail.ports import free_port
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -204,16 +205,14 @@ def test_the_end_of_one_side_reaches_the_other(echo: str) -> None:
 
 
 def test_a_target_that_does_not_answer_ends_the_connection() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    with ShapedLink(f"127.0.0.1:{port}") as link, dial(link) as connection:
+    with ShapedLink(f"127.0.0.1:{free_port()}") as link, dial(link) as connection:
         connection.settimeout(5)
         assert is_broken(connection)
 
 
 def test_closing_is_clean_and_frees_the_port(echo: str) -> None:
-    link = ShapedLink(echo).open()
-    port = link.port
+    port = free_port()
+    link = ShapedLink(echo, port=port).open()
     connection = dial(link)
     ping(connection)
     link.close()

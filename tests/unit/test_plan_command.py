@@ -134,6 +134,19 @@ def test_plans_over_several_ciphertexts_are_marked(run: Run, tmp_path: Path) -> 
     assert "over several ciphertexts" not in (tmp_path / "front.svg").read_text()
 
 
+def test_a_file_with_a_program_over_several_ciphertexts(run: Run, tmp_path: Path) -> None:
+    net = named.module("nets_to_plan.py:wide")
+    program = compile_tail(fold_tail(net, (9000,)), np.random.default_rng(0).normal(size=(4, 9000)))
+    assert program.spec.input_ciphertexts == 3
+    CloudBundle("m", "1", {0: program}).save(tmp_path / "cloud.bt")
+    code, out, _ = run("cloud.bt", "--json")
+    of_file = json.loads(out)["cuts"]["0"]
+    of_net = json.loads(run("nets_to_plan.py:wide", "--input", "9000", "--cut", "input", "--json")[1])
+    assert code == 0
+    assert of_file["present"] == pytest.approx({name: of_file["chosen"][name] for name in METRICS})
+    assert of_file["front"] == of_net["cuts"]["input"]["front"]
+
+
 def test_a_split_model_has_tails_of_its_own(run: Run) -> None:
     code, out, _ = run("nets_to_plan.py:parts", "--json")
     assert (code, list(json.loads(out)["cuts"])) == (0, ["stage 0", "stage 1"])

@@ -12,13 +12,17 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from bench.tails import random_layers
 from blindtail.errors import ModelError
 from blindtail.he.compiler import compile_tail
 from blindtail.he.layers import Affine, Layer, Quadratic
+from blindtail.he.normal import normalised
 from blindtail.he.objective import Objective
+from blindtail.he.params import Parameters
 from blindtail.he.segments import Run, compile_runs
 from blindtail.he.tiled_compiler import compile_tiled
 from blindtail.he.tiles import TileShape
+from blindtail.he.tiling import choose
 from blindtail.models import plan_network
 from blindtail.models.data import Images
 from blindtail.models.layers import Square
@@ -27,6 +31,8 @@ from blindtail.models.pack import pack
 from blindtail.models.refresh import Refresh
 from blindtail.progress import TOTAL, Span
 from blindtail.train.compiled import compile_model
+from blindtail.train.pruning import Policy, Pruning
+from blindtail.train.pruning.owner import restored
 from blindtail.train.recipe import RECIPES
 from tests import refresh_cases, tiled_cases
 from tests.unit.test_train_owner import CLASSES, build
@@ -92,7 +98,30 @@ def test_a_tail_in_another_ones_place_and_one_over_several_ciphertexts() -> None
         only=[[TileShape.parse(shape)] for shape in case.shapes],
         progress=lambda *at: told.append(at),
     )
-    assert "fc0" in rises(told)
+    said = rises(told)
+    assert "tile shapes: fc0" in said
+    assert "fc0: values" in said
+
+
+def test_a_choice_of_tiles_is_told_of_by_map_and_by_price_of_keys() -> None:
+    told: Told = []
+    tail, most = normalised(random_layers((6, 8, 5))), Objective(at_most={"key_bytes": 4e5})
+    parameters = Parameters.create(tail.depth, 8192)
+    span = Span.of(lambda *at: told.append(at)).parts(1, 1)[0]
+    found = choose(tail, parameters, most, lanes=512, span=span)
+    shares = [done for done, _, what in told if what == "tile shapes: fc1"]
+    assert len(shares) > 2  # prices, and few shapes before all at each
+    assert shares == sorted(shares)
+    assert told[0] == (0, TOTAL, "tile shapes")
+    assert told[-1][0] < TOTAL / 2
+    assert found.describe() == choose(tail, parameters, most, lanes=512).describe()
+
+
+def test_a_tail_over_several_ciphertexts_is_told_of_while_shapes_are_looked_at() -> None:
+    told: Told = []
+    made = compile_tail(random_layers((5000, 4)), values(5000), progress=lambda *at: told.append(at))
+    assert made.spec.input_ciphertexts > 1
+    assert "tile shapes: fc0" in rises(told)
 
 
 def test_runs_are_told_of_by_segment() -> None:
@@ -159,6 +188,36 @@ def test_what_the_callback_raises_ends_a_compile_and_nothing_is_written(
     compile_model(model, images, allow_unstable=True).save(tmp_path / "out")  # positive control, silent
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"edge.bt", "cloud.bt"}
     assert capfd.readouterr() == ("", "")
+
+
+def test_pruning_is_told_of_by_tail_and_what_the_callback_raises_ends_it(images: Images) -> None:
+    torch.manual_seed(1)
+    model, told = build().eval(), list[tuple[int, int, str]]()
+    how = Pruning(Policy(fraction=0.5, rounds=1, iterations=2), images, epochs=1, batch=20)
+    made = compile_model(model, images, allow_unstable=True, prune=how, progress=lambda *at: told.append(at))
+    said = rises(told)
+    for cut in model.cuts:
+        for stage in ("folding", "unpruned: ", "diagonals: ", "pruning", "retraining, loss", "permuting"):
+            assert f"tail at cut {cut}: {stage}" in said
+        for order in ("in its own order: ", "as it was pruned: "):
+            assert f"tail at cut {cut}: {order}looking at plans" in said
+    assert len({done for done, _, what in told if "retraining" in what}) >= 4 * len(model.cuts)
+    silent = compile_model(model, images, allow_unstable=True, prune=how)
+    assert [p.content_id for p in made.cloud.programs.values()] == [
+        p.content_id for p in silent.cloud.programs.values()
+    ]
+
+    def raising(done: int, total: int, what: str) -> None:
+        if stop in what:
+            raise ValueError(stop)
+
+    for stop in ("diagonals: ", "retraining, loss"):
+        with pytest.raises(ValueError, match=f"^{stop}$"):
+            compile_model(model, images, allow_unstable=True, prune=how, progress=raising)
+    note, stop = made.pruned.note() if made.pruned is not None else "", "the plan that it was pruned by"
+    with pytest.raises(ValueError, match=f"^{stop}$"):
+        restored(model, note, span=Span.of(raising))
+    assert restored(model, note)  # the control
 
 
 def test_an_error_that_work_goes_on_after_is_raised_again() -> None:

@@ -22,6 +22,7 @@ from blindtail.he.objective import Objective
 from blindtail.he.operations import MapOp
 from blindtail.he.params import Parameters
 from blindtail.he.program import Program
+from blindtail.he.recover import layers_of
 from blindtail.he.tile_counts import count
 from blindtail.he.tile_shapes import Look, shapes
 from blindtail.he.tiled import Placed, between
@@ -153,12 +154,33 @@ def test_shapes_are_chosen_and_encrypted_logits_keep_their_bounds(seed: int) -> 
     tail = normalised(layers)
     lanes = Parameters.create(tail.depth).slots // 4
     x = np.random.default_rng(seed).uniform(-1, 1, (lanes, tail.maps[0].weight.shape[1]))
-    program = compile_tiled(layers, x[:64], lanes=lanes)
+    program = compile_tiled(layers, x[:64], lanes=lanes, objective=FASTEST)
     assert program.spec.input_ciphertexts > 1
     assert not program.is_chain
     client = Client.of(program, "native")
     got = client.decryptor.decrypt(client.evaluate("native", client.encryptor.encrypt(x)))
     assert (np.abs(got - outputs(layers, x)[-1]) / program.error_bounds()).max() <= 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_layers_of_a_program_over_tiles_come_back(seed: int) -> None:
+    """What they say, and what a program of them says again; of the same sizes, so that plans are."""
+    layers = _graph(seed)
+    tail = normalised(layers)
+    lanes = Parameters.create(tail.depth).slots // 4
+    x = np.random.default_rng(seed).uniform(-1, 1, (8, tail.maps[0].weight.shape[1]))
+    program = compile_tiled(layers, x, lanes=lanes, objective=FASTEST)
+    assert program.spec.input_ciphertexts > 1
+    found = layers_of(program)
+    np.testing.assert_allclose(outputs(found, x)[-1], outputs(layers, x)[-1], rtol=0, atol=1e-9)
+    again = normalised(found)
+    assert [step.name for step in again.maps] == [step.name for step in tail.maps]
+    for a, b in zip(again.maps, tail.maps, strict=True):
+        np.testing.assert_allclose(np.asarray(a.weight), np.asarray(b.weight), rtol=0, atol=1e-12)
+        assert {skip.back for skip in a.skips} == {skip.back for skip in b.skips}
+    assert choose(again, program.spec.parameters, FASTEST, lanes=lanes).costs == (
+        choose(tail, program.spec.parameters, FASTEST, lanes=lanes).costs
+    )
 
 
 class _Wide(nn.Module):
@@ -180,6 +202,11 @@ def test_a_residual_tail_that_one_ciphertext_does_not_hold_is_compiled_over_seve
     assert program.spec.input_ciphertexts > 1
     want = net(torch.from_numpy(x.reshape(-1, 1, 72, 72))).detach().numpy()
     np.testing.assert_allclose(ClearEvaluator(program).logits(x), want, rtol=0, atol=1e-6)
+    again = layers_of(Program.from_parts(*program.to_parts()))
+    np.testing.assert_allclose(outputs(again, x)[-1], want, rtol=0, atol=1e-6)
+    known = [step.shapes for step in normalised(layers).maps]
+    assert known[0] is not None
+    assert [step.shapes for step in normalised(again).maps] == known  # images, for planning again
 
 
 def test_real_and_complex_values_are_not_added() -> None:

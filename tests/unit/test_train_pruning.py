@@ -71,7 +71,7 @@ def pruned_by_diagonals(
     layers = fold_tail(tail, shape)
     before = compile_tail(layers, x, lanes=lanes)
     made, groups = by_diagonals(chain, layers, x, lanes, None)
-    found = prune(chain, groups, policy, lambda masks: masks.apply())
+    found = prune(chain, groups, policy, lambda masks, _: masks.apply())
     after = Arranged(made, found.elements, lanes).compile(fold_tail(tail, shape), x)
     return before, after, found
 
@@ -117,7 +117,9 @@ def test_a_layer_that_shares_its_map_has_no_diagonals() -> None:
     chain = chain_of(tail, (16,))
     with pytest.raises(ModelError, match="prune by tiles"):
         by_diagonals(chain, fold_tail(tail, (16,)), values((16,)), 1, None)
-    found = prune(chain, [tiles(x.shape, (4, 8)) for x in chain.layers], Policy(groups="tile"), Masks.apply)
+    found = prune(
+        chain, [tiles(x.shape, (4, 8)) for x in chain.layers], Policy(groups="tile"), lambda m, _: m.apply()
+    )
     assert found.left[0] < 1.0  # tiles do not mind
     assert [list(order) for order in found.orders[:2]] == [list(range(16))] * 2
 
@@ -328,7 +330,7 @@ def test_p4e_expands_within_groups_that_stay_and_is_deterministic() -> None:
         if groups == "diagonal":
             _, made = by_diagonals(chain, fold_tail(tail, shape), values(shape), 16, None)
         calls = []
-        found = prune(chain, made, policy, lambda masks: (calls.append(1), masks.apply())[1])
+        found = prune(chain, made, policy, lambda masks, _: (calls.append(1), masks.apply())[1])
         assert len(calls) == (2 if method == "p4e" else 1)
         return chain, found
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from blindtail.errors import ModelError
-from blindtail.he import plan, schedule
+from blindtail.he import plan, precision, schedule
 from blindtail.he.compiler import compile_plan, compile_tail
 from blindtail.he.dataflow import finish
 from blindtail.he.elementwise import Op
@@ -24,6 +24,7 @@ from blindtail.he.operations import MapOp, Term
 from blindtail.he.plan import Plan
 from blindtail.he.program import Program
 from blindtail.he.sparse import Sparse, Weight
+from blindtail.progress import Span
 from blindtail.train.pruning.groups import IntArray
 
 
@@ -147,21 +148,48 @@ class Arranged:
     lanes: int = 1
     objective: Objective | None = None
 
-    def compile(self, layers: Sequence[Layer], calibration: FloatArray) -> Program:
+    def compile(
+        self,
+        layers: Sequence[Layer],
+        calibration: FloatArray,
+        span: Span | None = None,
+        margins: FloatArray | None = None,
+    ) -> Program:
         """The folded tail, with activations at the cut (n, features) in their own order.
 
         In the order it was pruned in, by the plan it was pruned for or by what the compiler finds there;
-        or in its own order, when that is predicted to be better. Raises `ModelError` as `compile_tail` does.
+        or in its own order, when that is predicted to be better.
+
+        margins  as for `compile_tail`, in their own order
+
+        Raises `ModelError` as `compile_tail` does.
         """
-        found = [compile_tail(layers, calibration, lanes=self.lanes, objective=self.objective)]
-        if self.made is not None:
-            inside, values = ordered(layers, self.elements), calibration[:, self.elements[0]]
-            for made in (
-                compile_plan(inside, values, self.made),
-                compile_tail(inside, values, lanes=self.lanes, objective=self.objective),
-            ):
-                found.append(renamed(made, self.elements[0], self.elements[-1]))
-        return min(found, key=self._value)
+        if self.made is None:
+            return self._any(layers, calibration, Span.of(span), margins)
+        whole = Span.of(span)
+        own, *others = whole.parts(1, 1, 1)
+        found = [self._any(layers, calibration, own.named("in its own order: "), margins)]
+        first, last = self.elements[0], self.elements[-1]
+        inside, values = ordered(layers, self.elements), calibration[:, first]
+        planned, free = (part.named("as it was pruned: ") for part in others)
+        if self.objective is None or not precision.wanted(self.objective):  # else nobody knows its errors
+            found.append(renamed(compile_plan(inside, values, self.made, progress=planned), first, last))
+        told = None if margins is None else margins[:, first]
+        found.append(renamed(self._any(inside, values, free, told), first, last))
+        return whole.ended(min(found, key=self._value))
+
+    def _any(
+        self, layers: Sequence[Layer], calibration: FloatArray, span: Span, margins: FloatArray | None
+    ) -> Program:
+        """By what the compiler finds."""
+        return compile_tail(
+            layers,
+            calibration,
+            lanes=self.lanes,
+            objective=self.objective,
+            margins=margins,
+            progress=span,
+        )
 
     def _value(self, program: Program) -> float:
         costs = plan.costs_of(program)

@@ -17,16 +17,18 @@ from blindtail.he.layers import FloatArray, Layer
 from blindtail.he.objective import Objective
 from blindtail.he.program import Program
 from blindtail.models.data import Images
-from blindtail.models.pack import activations
+from blindtail.models.pack import TailCompiler, activations
 from blindtail.models.split import SplitModel
+from blindtail.models.tails import by_cut
+from blindtail.progress import Span
 from blindtail.train.pruning.chain import Chain, Masks, chain_of
 from blindtail.train.pruning.compiled import Arranged, counted, plan_for
 from blindtail.train.pruning.groups import Groups, tiles
-from blindtail.train.pruning.p4e import Pruned, Stage, prune
+from blindtail.train.pruning.p4e import Pruned, prune
 from blindtail.train.pruning.policy import Policy
 
-#: Trains all tails on; calls its argument after each step of the optimizer.
-RetrainTails = Callable[[Callable[[], None]], None]
+#: Trains all tails on; calls its argument after each step of the optimizer. The span is for this training.
+RetrainTails = Callable[[Callable[[], None], Span], None]
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class PrunedTails:
     arranged: Mapping[int, Arranged] = field(repr=False)
 
     @property
-    def compilers(self) -> dict[int, Callable[[Sequence[Layer], FloatArray], Program]]:
+    def compilers(self) -> dict[int, TailCompiler]:
         """For `blindtail.models.pack.pack`."""
         return {cut: how.compile for cut, how in self.arranged.items()}
 
@@ -105,12 +107,13 @@ def prune_tails(
     *,
     lanes: int = 1,
     objective: Objective | None = None,
-    stage: Stage | None = None,
+    span: Span | None = None,
 ) -> PrunedTails:
     """Prune every tail of a trained model in place, one after another; stages and exits stay.
 
     calibration_images  raw images (n, C, H, W): what the compiler sizes values from
     lanes, objective    what the tails will be compiled for; diagonals are those of that plan
+    span                told how far it is (`blindtail.progress`)
 
     Raises `ConfigError` when the policy names a layer that no tail has, and `ModelError`
     when a tail cannot be compiled or pruned.
@@ -120,22 +123,26 @@ def prune_tails(
     _check_names(policy, chains.values())
     held: list[Masks] = []
     found, before, arranged = {}, {}, {}
-    for cut, chain in chains.items():
-        layers = fold_tail(model.tail(cut), shapes[cut])
+    for cut, part in by_cut(model, Span.of(span)):
+        chain, (folding, compiling, planning, pruning) = chains[cut], part.parts(1, 2, 2, 15)
+        layers = fold_tail(model.tail(cut), shapes[cut], folding)
         values = activations(model, calibration_images, cut)
-        before[cut] = counted(compile_tail(layers, values, lanes=lanes, objective=objective))
+        unpruned = compile_tail(
+            layers, values, lanes=lanes, objective=objective, progress=compiling.named("unpruned: ")
+        )
+        before[cut] = counted(unpruned)
         made, groups = None, [tiles(layer.shape, policy.tile) for layer in chain.layers]
         if policy.groups == "diagonal":
-            made, groups = by_diagonals(chain, layers, values, lanes, objective)
+            made, groups = by_diagonals(chain, layers, values, lanes, objective, planning)
 
-        def train_on(masks: Masks, others: tuple[Masks, ...] = tuple(held)) -> None:
+        def train_on(masks: Masks, part: Span, others: tuple[Masks, ...] = tuple(held)) -> None:
             def keep() -> None:
                 for each in (*others, masks):
                     each.apply()
 
-            retrain(keep)
+            retrain(keep, part)
 
-        found[cut] = prune(chain, groups, policy, train_on, stage)
+        found[cut] = prune(chain, groups, policy, train_on, pruning)
         held.append(found[cut].masks)
         arranged[cut] = Arranged(made, found[cut].elements, lanes, objective)
     names = {cut: chain.names for cut, chain in chains.items()}
@@ -155,24 +162,39 @@ def _check_names(policy: Policy, chains: Iterable[Chain]) -> None:
 
 
 def by_diagonals(
-    chain: Chain, layers: Sequence[Layer], values: FloatArray, lanes: int, objective: Objective | None
+    chain: Chain,
+    layers: Sequence[Layer],
+    values: FloatArray,
+    lanes: int,
+    objective: Objective | None,
+    span: Span | None = None,
 ) -> tuple[Any, list[Groups]]:
     """The plan of a tail (`plan_for`) as if no weight were zero, and its layers' groups by diagonal."""
+    planning, compiling = (part.named("diagonals: ") for part in Span.of(span).parts(1, 1))
+    planning.at(0.0, "looking at plans")
     full = chain.filled(layers)
     made = plan_for(full, lanes=lanes, objective=objective)
-    return made, chain.diagonals(compile_plan(full, values, made))
+    return made, chain.diagonals(compile_plan(full, values, made, compiling))
 
 
 def restored(
-    model: SplitModel, note: str, lanes: int = 1, objective: Objective | None = None
-) -> dict[int, Callable[[Sequence[Layer], FloatArray], Program]]:
+    model: SplitModel,
+    note: str,
+    lanes: int = 1,
+    objective: Objective | None = None,
+    span: Span | None = None,
+) -> dict[int, TailCompiler]:
     """How the tails of a pruned checkpoint are compiled, from what `PrunedTails.note` wrote.
+
+    span  told of each tail (`blindtail.progress`)
 
     Raises `DataError` when the note does not belong to this model.
     """
-    found: dict[int, Callable[[Sequence[Layer], FloatArray], Program]] = {}
+    found, whole = dict[int, TailCompiler](), Span.of(span)
     try:
-        for text, entry in json.loads(note).items():
+        noted = list(json.loads(note).items())
+        for (text, entry), part in whole.over(noted):
+            part.at(0.0, f"tail at cut {text}: the plan that it was pruned by")
             cut = int(text)
             shape = model.stage_infos[cut].output_shape
             chain = chain_of(model.tail(cut), shape)
@@ -189,6 +211,7 @@ def restored(
             made = plan_for(full, lanes=held, objective=objective)
             found[cut] = Arranged(made, orders, held, objective).compile
     except (ModelError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        whole.at(0.0, "the orders of pruned tails")  # what a caller raised to end the work is raised again
         raise DataError(
             f"the checkpoint's orders of pruned tails are damaged ({error}): prune again"
         ) from error

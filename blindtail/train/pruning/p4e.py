@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from blindtail.progress import Span
 from blindtail.train.pruning.chain import Chain, Masks
 from blindtail.train.pruning.groups import BoolArray, FloatArray, Groups, IntArray, kept_counts
 from blindtail.train.pruning.permute import (
@@ -24,10 +25,8 @@ from blindtail.train.pruning.permute import (
 )
 from blindtail.train.pruning.policy import Policy, first_masks, random_masks
 
-#: Trains the tail on and calls `Masks.apply` after each step; called once or twice.
-Retrain = Callable[[Masks], None]
-#: What goes on, in a word, and which part of all it is.
-Stage = Callable[[str, float], None]
+#: Trains the tail on and calls `Masks.apply` after each step; called once or twice, with a part of the work.
+Retrain = Callable[[Masks, Span], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,35 +50,32 @@ def prune(
     groups: Sequence[Groups],
     policy: Policy,
     retrain: Retrain,
-    stage: Stage | None = None,
+    span: Span | None = None,
 ) -> Pruned:
     """Prune the layers of a chain in place. Deterministic by the policy's seed, where `retrain` is.
 
     groups  of each layer (`blindtail.train.pruning.groups`)
+    span    told of each stage (`blindtail.progress`)
     """
-
-    def tell(what: str, part: float) -> None:
-        if stage is not None:
-            stage(what, part)
-
+    again = policy.method == "p4e"
+    first, training, permuting, last = Span.of(span).parts(1, 8, *((1, 8) if again else (0, 0)))
     shares = [policy.share(name) for name in chain.names]
     weights = [layer.matrix() for layer in chain.layers]
-    tell("pruning", 0.0)
+    first.at(0.0, "pruning")
     if policy.method == "random":
         kept = random_masks([layer.shape for layer in chain.layers], shares, policy.seed)
     else:
         kept = first_masks(weights, groups, shares, policy)
     masks = _applied(chain, kept)
-    tell("retraining", 0.1)
-    retrain(masks)
+    training.at(0.0, "retraining")
+    retrain(masks, training)
     orders = chain.identity()
-    if policy.method == "p4e":
-        tell("permuting", 0.5)
+    if again:
+        permuting.at(0.0, "permuting")
         orders, stay = _permuted(chain, groups, policy, masks)
         masks = _applied(chain, _expanded(chain, groups, orders, stay))
-        tell("retraining", 0.6)
-        retrain(masks)
-    tell("pruned", 1.0)
+        last.at(0.0, "retraining")
+        retrain(masks, last)
     here = [
         placed(m, orders[i + 1], orders[i], side)
         for i, (m, side) in enumerate(zip(masks, chain.sides, strict=True))
@@ -153,4 +149,4 @@ def _expanded(
     ]
 
 
-__all__ = ["Pruned", "Retrain", "Stage", "prune"]
+__all__ = ["Pruned", "Retrain", "prune"]
