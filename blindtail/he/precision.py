@@ -123,9 +123,9 @@ def candidates(
         raise too_coarse(objective, least)
     close = schedule.CLOSE * min(objective.value(made.costs) for made, _ in kept)
 
-    def order(one: tuple[Plan, float]) -> tuple[bool, float]:
-        value = objective.value(one[0].costs)
-        return value > close, value if value > close else one[0].costs.key_bytes
+    def order(one: tuple[Plan, float]) -> tuple[bool, float, int]:
+        value, keys = objective.value(one[0].costs), one[0].costs.key_bytes
+        return value > close, value if value > close else keys, keys  # of equals, that with smaller primes
 
     yield from sorted(kept, key=order)
 

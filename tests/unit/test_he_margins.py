@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -13,8 +14,11 @@ from blindtail.he.clear import ClearEvaluator
 from blindtail.he.compiler import compile_tail
 from blindtail.he.layers import Affine, outputs
 from blindtail.he.margins import disagreement, largest_deviation
+from blindtail.he.normal import normalised
 from blindtail.he.objective import NoPlan, Objective
+from blindtail.he.params import PRIME_SIZES
 from blindtail.he.plan import costs_of
+from blindtail.he.precision import candidates
 from blindtail.he.program import Program
 from blindtail.he.recover import layers_of
 from blindtail.models.zoo import bundle_paths
@@ -119,6 +123,24 @@ def test_cheaper_primes_that_keep_the_labels(fashion: tuple[Any, Any, Program]) 
         compile_tail(
             layers, x[:4000], objective=Objective(at_most={"disagreement": 1e-3, "uplink_bytes": 96_000})
         )
+
+
+def test_of_plans_that_cost_the_same_the_one_with_fewer_bytes_comes_first(
+    fashion: tuple[Any, Any, Program],
+) -> None:
+    """Seconds do not tell primes apart: where they alone count, the smallest primes that do are taken."""
+    layers, x, _ = fashion
+    objective = Objective(at_most={"disagreement": 0.3, "error": 1.0})
+    found = [made for made, _ in candidates(normalised(layers), x[:200], objective, 1, None)]
+    values = [objective.value(made.costs) for made in found]
+    alike = [
+        (a.costs.key_bytes, b.costs.key_bytes)
+        for (a, b), (v, w) in zip(itertools.pairwise(found), itertools.pairwise(values), strict=True)
+        if v == w
+    ]
+    assert len(alike) > 100
+    assert all(first <= second for first, second in alike)
+    assert found[0].parameters.primes[-1] < 1 << (PRIME_SIZES[0] + 1), "of the smallest that there are"
 
 
 def test_where_margins_ask_for_more_than_there_is_the_plan_is_refused() -> None:
