@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -131,6 +130,7 @@ def train_command(
     # torch is loaded only once this command runs, so that other commands start fast.
     from blindtail.he.objective import Objective
     from blindtail.train.recipe import RECIPES
+    from blindtail.train.state import forget
 
     file = Path(recipe) if recipe.endswith(".toml") else None
     if file is None and recipe not in RECIPES:
@@ -187,7 +187,7 @@ def train_command(
         folder / "training",
     )
     trained.save(folder)
-    shutil.rmtree(folder / "training", ignore_errors=True)  # all that it was for is saved
+    forget(folder / "training")  # all that it was for is saved
     if json_output:
         typer.echo(json.dumps(trained.report, indent=2))
     else:

@@ -148,6 +148,19 @@ class Kept:
             ) from error
 
 
+def forget(folder: Path) -> None:
+    """Remove what `Kept` wrote here and in folders of teachers, and nothing else; a folder left empty too.
+
+    What cannot be removed stays.
+    """
+    with contextlib.suppress(OSError):
+        for below in folder.glob("teacher-*"):
+            forget(below)
+        for name in ("training.state", "training.part", "metrics.json", "metrics.part"):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()  # refuses where something of somebody else's is left
+
+
 def _told(state: State) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """As JSON and tensors."""
     moments = state.optimizer.get("state", {})
@@ -186,4 +199,4 @@ def _state(told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> State:
     )
 
 
-__all__ = ["Kept", "State", "load"]
+__all__ = ["Kept", "State", "forget", "load"]

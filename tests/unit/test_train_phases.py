@@ -195,6 +195,24 @@ def test_teachers_are_kept_too(images: Images, tmp_path: Path) -> None:
     assert (tmp_path / "teacher-big" / "training.state").stat().st_mtime_ns == taught.st_mtime_ns
 
 
+def test_what_was_kept_is_forgotten_and_nothing_else(images: Images, tmp_path: Path) -> None:
+    phase = Phase("imitation", 1, Imitate(), teacher="big")
+    recipe = replace(DIGITS, phases=(phase,), teachers={"big": replace(DIGITS, epochs=1)})
+    kept = tmp_path / "training"
+    fit(recipe, images, folder=kept)
+    assert (kept / "teacher-big" / "training.state").exists()
+    own = kept / "0" / "picture.png"  # an owner's folder of images may have this name
+    own.parent.mkdir()
+    own.write_bytes(b"mine")
+    state.forget(kept)
+    assert [path for path in kept.rglob("*") if path.is_file()] == [own]
+    own.unlink()
+    own.parent.rmdir()
+    state.forget(kept)
+    assert not kept.exists()
+    state.forget(kept)  # there is nothing: nothing happens
+
+
 def test_another_run_s_folder_is_refused_and_left_alone(images: Images, tmp_path: Path) -> None:
     short = replace(DIGITS, epochs=1)
     fit(short, images, folder=tmp_path)
